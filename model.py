@@ -1,0 +1,337 @@
+"""A GPT whose queries may be linear, the identity, or nonlinear.
+
+The model of "Beyond Linearity in Attention Projections: The Case for Nonlinear Queries" (Karbevski,
+arXiv:2603.13381), written to be read from top to bottom: configuration, the three queries, attention,
+MLP, block, GPT, sampling.
+
+Shapes: B sequences of T tokens each, d = n_embd, V = vocab_size.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPTConfig:
+    """The architecture. The defaults are GPT-3 small with a nonlinear query.
+
+    A setting that is None is filled in as its comment says; ValueError names a setting that makes no sense.
+    """
+
+    block_size: int = 1024  # longest sequence the model can see, in tokens
+    vocab_size: int = 50304  # number of token ids (GPT-2's 50257, padded to a multiple of 64)
+    n_layer: int = 12  # transformer blocks
+    n_head: int = 12  # attention heads in each block
+    n_embd: int = 768  # width d of the residual stream
+    mlp_hidden: int | None = None  # hidden width of the MLP; None: 4 * n_embd
+    dropout: float = 0.0  # on the embedding, the attention weights and both writes to the residual stream
+    bias: bool = False  # biases in linear layers and LayerNorms
+    tie_weights: bool = True  # the output head reuses the token embedding
+    query_mode: str = "nonlinear"  # linear | identity | nonlinear
+    query_rank: int | None = None  # bottleneck r of the nonlinear query; None: n_embd // 2
+    query_activation: str | None = None  # gelu | none (the control with the same parameters); None: gelu
+    qk_norm: bool = False  # parameter-free RMSNorm of q and k, per head
+    causal: bool = True  # False: every token sees every other one, as in an encoder
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "mlp_hidden", "query_rank"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} is not in [0, 1)")
+        if self.query_mode not in QUERIES:
+            raise ValueError(f"query_mode={self.query_mode!r} is not one of {', '.join(QUERIES)}")
+        if self.query_mode != "nonlinear":
+            for name in ("query_rank", "query_activation"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}={getattr(self, name)!r} has no meaning with query_mode={self.query_mode!r}")
+        else:
+            self.query_rank = self.query_rank or max(1, self.n_embd // 2)
+            self.query_activation = self.query_activation or "gelu"
+            if self.query_activation not in ACTIVATIONS:
+                raise ValueError(f"query_activation={self.query_activation!r} is not one of {', '.join(ACTIVATIONS)}")
+        self.mlp_hidden = self.mlp_hidden or 4 * self.n_embd
+
+
+# ---------------------------------------------------------------------------------------------------
+# The three queries. x (B, T, d) is the block's input after ln_1; all return q (B, T, d). Nothing else
+# in the model depends on the query mode, and the softmax scale is 1/sqrt(head size) in every mode.
+# A linear W_Q can be absorbed by its neighbours, which leaves the identity; so parameters spent on the
+# query can only pay where the query is not linear. The 1/2 keeps (x + f(x)) / 2 as large as x and f(x),
+# which are equally large at initialisation since both leave a LayerNorm.
+
+
+class LinearQuery(nn.Module):
+    """q = x W_Q                                                    parameters: d² (+ d biases)"""
+
+    def __init__(self, config):
+        super().__init__()
+        self.w_q = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        return self.w_q(x)
+
+
+class IdentityQuery(nn.Module):
+    """q = x / 2                                                    parameters: none"""
+
+    def __init__(self, config):
+        super().__init__()
+
+    def forward(self, x):
+        return x / 2
+
+
+class NonlinearQuery(nn.Module):
+    """q = (x + f(x)) / 2,  f(x) = LayerNorm(GELU(RMSNorm(x) W_1) W_2)    parameters: 2dr + 2d (+ r + 2d biases)
+
+    With r = d/2 that is d² + 2d, the budget of W_Q (arXiv:2603.13381).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        d, r = config.n_embd, config.query_rank
+        self.rms_norm = nn.RMSNorm(d, eps=1e-5)
+        self.w_1 = nn.Linear(d, r, bias=config.bias)
+        self.activation = ACTIVATIONS[config.query_activation]()
+        self.w_2 = nn.Linear(r, d, bias=config.bias)
+        self.layer_norm = nn.LayerNorm(d, bias=config.bias)
+
+    def f(self, x):
+        return self.layer_norm(self.w_2(self.activation(self.w_1(self.rms_norm(x)))))
+
+    def forward(self, x):
+        return (x + self.f(x)) / 2
+
+
+QUERIES = {"linear": LinearQuery, "identity": IdentityQuery, "nonlinear": NonlinearQuery}
+ACTIVATIONS = {"gelu": nn.GELU, "none": nn.Identity}
+
+# ---------------------------------------------------------------------------------------------------
+# The transformer.
+
+
+class KVCache:
+    """Keys and values of the tokens that one attention layer has seen, so that they are computed once.
+
+    The caller makes one for each layer and passes the list to every call of the model. Nothing is
+    allocated before the first call, and nothing is copied after it.
+    """
+
+    def __init__(self, block_size):
+        self.block_size, self.length = block_size, 0
+
+    def append(self, k, v):
+        """k, v (B, n_head, T, head size) of T new tokens -> those of all tokens so far."""
+        B, n_head, T, head_size = k.shape
+        if self.length == 0:
+            self.k = k.new_empty(B, n_head, self.block_size, head_size)
+            self.v = torch.empty_like(self.k)
+        old, self.length = self.length, self.length + T
+        self.k[:, :, old : self.length] = k
+        self.v[:, :, old : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+
+class Attention(nn.Module):
+    """softmax(q kᵀ / sqrt(head size)) v in each head, then the output projection."""
+
+    def __init__(self, config):
+        super().__init__()
+        d = config.n_embd
+        self.query = QUERIES[config.query_mode](config)
+        self.key_value = nn.Linear(d, 2 * d, bias=config.bias)  # W_K and W_V, one product
+        self.c_proj = nn.Linear(d, d, bias=config.bias)
+        self.n_head, self.head_size = config.n_head, d // config.n_head
+        self.qk_norm, self.causal, self.dropout = config.qk_norm, config.causal, config.dropout
+
+    def forward(self, x, cache=None):
+        B, T, d = x.shape
+        q = self.query(x)  # (B, T, d)
+        k, v = self.key_value(x).split(d, dim=2)  # (B, T, d) each
+        q, k, v = (t.view(B, T, self.n_head, self.head_size).transpose(1, 2) for t in (q, k, v))  # (B, n_head, T, head_size)
+        if self.qk_norm:
+            q, k = (F.rms_norm(t, (self.head_size,), eps=1e-5) for t in (q, k))
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, n_head, length, head_size)
+        # A single new token may see all cached ones, which is what is_causal would forbid.
+        is_causal = self.causal and T > 1
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, dropout_p=self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(B, T, d)  # heads side by side again
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, config.mlp_hidden, bias=config.bias)
+        self.c_proj = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
+        self.dropout = config.dropout
+
+    def forward(self, x):
+        x = F.gelu(self.c_fc(x))  # (B, T, mlp_hidden)
+        return F.dropout(self.c_proj(x), self.dropout, self.training)  # (B, T, d)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class GPT(nn.Module):
+    """The language model. Equal (config, seed) give bit-identical weights on every device.
+
+    Weights that two query modes share are bit-identical in both, since each parameter has a random
+    stream of its own.
+    """
+
+    def __init__(self, config, seed=0):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.lm_head.weight = self.wte.weight
+        for name, parameter in self.named_parameters():  # a tied weight comes once, as wte
+            self._init(name, parameter, seed)
+
+    @torch.no_grad()
+    def _init(self, name, parameter, seed):
+        """GPT-2's initialisation; a parameter that no rule covers raises NotImplementedError."""
+        module_name, _, kind = name.rpartition(".")
+        module = self.get_submodule(module_name)
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            parameter.fill_(1.0 if kind == "weight" else 0.0)
+        elif isinstance(module, (nn.Linear, nn.Embedding)) and kind == "bias":
+            parameter.zero_()
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
+            # Each block writes to the residual stream twice: the sum over all blocks keeps its size.
+            writes_residual = module_name.endswith("c_proj")
+            std = 0.02 / math.sqrt(2 * self.config.n_layer) if writes_residual else 0.02
+            if not parameter.is_meta:
+                generator = torch.Generator().manual_seed(stream_seed(seed, name))
+                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+        else:
+            raise NotImplementedError(f"no rule initialises {name} (of {type(module).__name__}); add one to GPT._init")
+
+    def forward(self, idx, targets=None, cache=None):
+        """idx (B, T) token ids -> (logits, loss).
+
+        Without a cache, logits are (B, T, V). With targets (B, T), the tokens that follow, loss is the
+        mean cross-entropy in nats over the targets that are not -1; else it is None. With a cache (a
+        list of one KVCache per layer) idx continues the tokens seen so far, by one token unless the
+        cache is empty, and only the last position's logits (B, 1, V) are computed.
+        Raises ValueError past block_size tokens.
+        """
+        B, T = idx.shape
+        start = cache[0].length if cache else 0
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} tokens do not fit in block_size={self.config.block_size}")
+        if start and T > 1:
+            raise ValueError(f"a cache that holds {start} tokens goes on by one token at a time, not by {T}")
+        x = self.wte(idx) + self.wpe.weight[start : start + T]  # (B, T, d)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cache[layer] if cache else None)
+        if cache:
+            x = x[:, -1:]  # (B, 1, d): sampling needs no other position
+        logits = self.lm_head(self.ln_f(x))  # (B, T, V)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def generate(self, idx, max_new_tokens, **sampling):
+        """idx (B, T) -> (B, T + max_new_tokens); see `stream`, which it collects."""
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, **sampling)], dim=1)
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
+        """Continue idx (B, T), 1 <= T <= block_size, and yield each new token (B, 1) as it is drawn.
+
+        temperature 0 takes the likeliest token; top_k keeps the k likeliest; top_p keeps the fewest
+        whose probabilities reach p. Call eval() first where dropout is on. Cached keys and values
+        give exactly what a full forward pass would, up to block_size tokens. Past it every position
+        would shift and no cached key stay valid: the context is then cut to its last half and read
+        afresh, so between block_size/2 and block_size tokens are seen at any time.
+        """
+        if not self.config.causal:
+            raise ValueError("a model with causal=False cannot generate: it was built to see the tokens to come")
+        block_size, cache = self.config.block_size, None
+        new = idx
+        for _ in range(max_new_tokens):
+            if cache is None or cache[0].length == block_size:
+                if cache is not None:
+                    new = idx[:, -max(1, block_size // 2) :]
+                cache = [KVCache(block_size) for _ in self.blocks]
+            logits, _ = self(new, cache=cache)
+            new = sample(logits[:, -1], temperature, top_k, top_p, generator)
+            idx = torch.cat([idx, new], dim=1)
+            yield new
+
+    def parameter_report(self):
+        """Exact counts: total, non_embedding (without token and position embeddings and an untied head), query_path."""
+        total = sum(p.numel() for p in self.parameters())
+        embedding = {self.wte.weight, self.wpe.weight, self.lm_head.weight}  # a set: a tied head counts once
+        return {
+            "total": total,
+            "non_embedding": total - sum(p.numel() for p in embedding),
+            "query_path": sum(p.numel() for block in self.blocks for p in block.attn.query.parameters()),
+        }
+
+    def flops_per_token(self):
+        """Floating-point operations of one training step per token, forward and backward (PaLM, appendix B).
+
+        Six for each weight of a matrix product, the query's and the output head's included, and
+        12 n_layer d T for the two products inside attention, counted without regard to causality.
+        """
+        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+
+
+# ---------------------------------------------------------------------------------------------------
+# Randomness.
+
+
+def sample(logits, temperature, top_k, top_p, generator):
+    """Draw one token from each row: logits (B, V) -> (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p is not None:
+        probs, order = logits.softmax(dim=-1).sort(descending=True)
+        outside = probs.cumsum(dim=-1) - probs >= top_p  # the likelier ones reach p without this one
+        logits = logits.masked_fill(outside.scatter(1, order, outside), -math.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+
+
+def stream_seed(seed, *key):
+    """The seed of one random stream: a fixed function of the run's seed and the stream's name.
+
+    Each use of randomness (a parameter, a step's batch, a step's dropout) has a stream of its own, so
+    none can disturb another.
+    """
+    digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1  # torch takes seeds below 2**63

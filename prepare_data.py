@@ -1,0 +1,331 @@
+"""Turn text into tokens: python prepare_data.py NAME writes data/NAME/{train.bin, val.bin, meta.json}.
+
+    stdlib            the Python source of this interpreter's standard library, as bytes; no network
+    shakespeare_char  tiny Shakespeare, one token a character
+    shakespeare       tiny Shakespeare, GPT-2 BPE
+    text              your own files: --name NAME --input FILE_OR_FOLDER ... --tokenizer gpt2|char|byte
+    openwebtext       not in this version yet
+
+A .bin file is a plain array of token ids; meta.json tells their dtype, number and sha256, the tokenizer
+and the source. A data set appears complete or not at all. The
+tokenizers are here too, for the other programs.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import sysconfig
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from command import Parser, UserError, run_program
+
+DATA_DIR = Path("data")
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+PIECE_BYTES = 1 << 22  # text is read and tokenized in pieces of about this size
+
+
+# ---------------------------------------------------------------------------------------------------
+# Tokenizers: bytes <-> token ids. `spec` is what meta.json and a checkpoint store of one; `eot` is the
+# id that ends a document (None: there is none).
+
+EOT_TEXT = b"<|endoftext|>"
+
+
+class ByteTokenizer:
+    """Each byte is its own id; 256 ends a document. Takes any file, text or not."""
+
+    spec, vocab_size, eot = {"kind": "byte"}, 257, 256
+
+    def encode(self, data):
+        return np.frombuffer(data, np.uint8)
+
+    def decode(self, ids):
+        return b"".join(bytes([i]) if i < 256 else EOT_TEXT for i in ids)
+
+
+class CharTokenizer:
+    """One id for each Unicode character of `chars`, and one more that ends a document if has_eot."""
+
+    def __init__(self, chars, has_eot=False):
+        self.chars, self.codes = chars, np.array([ord(c) for c in chars], np.uint32)  # sorted
+        self.eot = len(chars) if has_eot else None
+        self.vocab_size = len(chars) + has_eot
+        self.spec = {"kind": "char", "chars": chars, "has_eot": has_eot}
+
+    def encode(self, data):
+        codes = code_points(data)
+        ids = np.searchsorted(self.codes, codes).clip(max=len(self.codes) - 1)
+        unknown = codes[self.codes[ids] != codes]
+        if len(unknown):
+            c = chr(unknown[0])
+            raise UserError(f"the character {c!r} (U+{ord(c):04X}) is not among the {len(self.chars)} of this data set: {self.chars!r}")
+        return ids
+
+    def decode(self, ids):
+        return b"".join(self.chars[i].encode() if i < len(self.chars) else EOT_TEXT for i in ids)
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-pair encoding, from tiktoken, which fetches its vocabulary once and keeps it."""
+
+    spec, vocab_size, eot = {"kind": "gpt2"}, 50257, 50256
+
+    def __init__(self):
+        import tiktoken
+
+        try:
+            self.bpe = tiktoken.get_encoding("gpt2")
+        except (OSError, ValueError) as e:  # requests' exceptions are OSErrors
+            raise UserError(
+                "the GPT-2 vocabulary could not be loaded; set TIKTOKEN_CACHE_DIR to a folder that holds it, "
+                f"or use char or byte tokens, which need no download ({type(e).__name__}: {str(e)[:150]})"
+            ) from e
+
+    def encode(self, data):
+        return np.array(self.bpe.encode_ordinary(data.decode()), np.uint16)
+
+    def decode(self, ids):  # a model's vocabulary may be padded beyond the tokenizer's
+        return b"".join(self.bpe.decode_single_token_bytes(i) if i < self.vocab_size else b"\xff" for i in ids)
+
+
+def load_tokenizer(spec):
+    """The tokenizer that a meta.json or a checkpoint describes."""
+    kinds = {"byte": ByteTokenizer, "char": CharTokenizer, "gpt2": GPT2Tokenizer}
+    arguments = {key: value for key, value in spec.items() if key != "kind"}
+    if spec.get("kind") not in kinds:
+        raise UserError(f"unknown tokenizer {spec.get('kind')!r}: this version knows {', '.join(kinds)}")
+    return kinds[spec["kind"]](**arguments)
+
+
+def code_points(data):
+    return np.frombuffer(data.decode().encode("utf-32-le"), np.uint32)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Documents, and which split they belong to.
+
+
+@dataclass
+class Document:
+    """The bytes start to stop of a file, under a name that is the same on every machine."""
+
+    name: str
+    path: Path
+    start: int
+    stop: int
+
+    def pieces(self):
+        """Yield the document in pieces of about PIECE_BYTES that tokenize as the whole would.
+
+        They end after a newline between two visible ASCII characters: neither UTF-8 nor GPT-2's
+        splitting pattern joins anything across that.
+        """
+        with open(self.path, "rb") as f:
+            f.seek(self.start)
+            left, rest = self.stop - self.start, b""
+            while left:
+                block = f.read(min(PIECE_BYTES, left))
+                if not block:
+                    raise UserError(f"{self.path} became shorter while it was read")
+                left -= len(block)
+                rest += block
+                cuts = [m.end() for m in re.finditer(rb"[!-~]\n(?=[!-~])", rest)]
+                if cuts and left:
+                    yield rest[: cuts[-1]]
+                    rest = rest[cuts[-1] :]
+            yield rest
+
+
+def find_documents(folder, pattern="*", skip=()):
+    """Every file below a folder, as documents; no hidden or empty files, nothing below a folder named in skip."""
+    documents = []
+    for path in folder.rglob(pattern):
+        parts = path.relative_to(folder).parts
+        wanted = not any(part.startswith(".") or part in skip for part in parts)
+        if wanted and path.is_file() and path.stat().st_size:
+            documents.append(Document("/".join(parts), path, 0, path.stat().st_size))
+    return documents
+
+
+def split(documents):
+    """Documents -> {"train": documents, "val": documents}, whatever order they come in.
+
+    A single document is cut after 90 % of its bytes, at a character's end. Of several, the tenth whose
+    names have the smallest sha256 are for validation.
+    """
+    if len(documents) == 1:
+        doc = documents[0]
+        cut = doc.start + int(0.9 * (doc.stop - doc.start))
+        with open(doc.path, "rb") as f:
+            f.seek(cut)
+            following = f.read(4)
+        cut += next((i for i, byte in enumerate(following) if byte & 0xC0 != 0x80), len(following))  # past continuation bytes
+        return {
+            "train": [Document(doc.name, doc.path, doc.start, cut)],
+            "val": [Document(doc.name, doc.path, cut, doc.stop)],
+        }
+    shuffled = sorted(documents, key=lambda doc: (hashlib.sha256(doc.name.encode()).digest(), str(doc.path)))
+    n_val = max(1, round(0.1 * len(documents)))
+    return {"train": shuffled[n_val:], "val": shuffled[:n_val]}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Writing a data set.
+
+
+def write_dataset(name, documents, tokenizer_kind, source):
+    """Tokenize documents into data/NAME, which must not exist yet; it appears when it is complete."""
+    target = DATA_DIR / name
+    if target.exists():
+        raise UserError(f"{target} exists already; delete it to prepare it anew")
+    if not documents:
+        raise UserError(f"no text for {target}: {source} holds no file with anything in it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        several = len(documents) > 1
+        if tokenizer_kind == "char":
+            codes = np.unique(np.concatenate([np.unique(tokens) for doc in documents for tokens in encode(doc, code_points)]))
+            tokenizer = CharTokenizer("".join(map(chr, codes)), has_eot=several)
+        else:
+            tokenizer = load_tokenizer({"kind": tokenizer_kind})
+        dtype = next(t for t in ("uint8", "uint16", "uint32") if tokenizer.vocab_size - 1 <= np.iinfo(t).max)
+        meta = {"source": source, "tokenizer": tokenizer.spec, "vocab_size": tokenizer.vocab_size, "dtype": dtype}
+        for split_name, docs in split(documents).items():
+            meta[split_name] = write_split(temporary / f"{split_name}.bin", docs, tokenizer, dtype, tokenizer.eot if several else None)
+            if meta[split_name]["tokens"] < 2:
+                raise UserError(f"{source} is too short: its {split_name} split would have {meta[split_name]['tokens']} tokens")
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
+        os.rename(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    counts = ", ".join(f"{meta[s]['tokens']:,} {s}" for s in ("train", "val"))
+    print(f"{target}: {counts} tokens; vocabulary {tokenizer.vocab_size:,}; from {source}")
+
+
+def write_split(path, documents, tokenizer, dtype, eot):
+    """Write one .bin file -> its entry in meta.json. text_bytes counts the text alone, without the eot ids."""
+    tokens, text_bytes, sha256, said = 0, 0, hashlib.sha256(), time.monotonic()
+    with open(path, "wb") as f:
+        for number, doc in enumerate(documents, 1):
+            end = [] if eot is None else [np.array([eot])]
+            for ids in (*encode(doc, tokenizer.encode), *end):
+                array = ids.astype(dtype).tobytes()
+                f.write(array)
+                sha256.update(array)
+                tokens += len(ids)
+                if time.monotonic() - said > 2:
+                    said = time.monotonic()
+                    print(f"  {path.name}: {tokens:,} tokens, document {number:,} of {len(documents):,}", flush=True)
+            text_bytes += doc.stop - doc.start
+    return {"documents": len(documents), "tokens": tokens, "text_bytes": text_bytes, "sha256": sha256.hexdigest()}
+
+
+def encode(doc, encoder):
+    """Yield the encoder's array for each piece of a document; UserError where it should be text and is not."""
+    offset = doc.start
+    for piece in doc.pieces():
+        try:
+            yield encoder(piece)
+        except UnicodeDecodeError as e:
+            where = f"byte 0x{piece[e.start]:02x} at offset {offset + e.start}"
+            raise UserError(f"{doc.path} is not UTF-8 text ({where}); --tokenizer byte takes any file") from None
+        offset += len(piece)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The data sets.
+
+
+def stdlib():
+    folder = Path(sysconfig.get_path("stdlib"))
+    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+    version = ".".join(map(str, sys.version_info[:3]))
+    write_dataset("stdlib", find_documents(folder, "*.py", skip), "byte", f"Python {version}'s standard library")
+
+
+def shakespeare(name, file=None):
+    """Tiny Shakespeare from its address, or from a copy of it; checked either way."""
+    with tempfile.TemporaryDirectory() as folder:
+        if file is None:
+            file = Path(folder) / "input.txt"
+            file.write_bytes(download(SHAKESPEARE_URL))
+        try:
+            text = Path(file).read_bytes()
+        except OSError as e:
+            raise UserError(f"--input {file}: {e.strerror}") from None
+        found = hashlib.sha256(text).hexdigest()
+        if found != SHAKESPEARE_SHA256:
+            raise UserError(f"{file} is not tiny Shakespeare: {len(text):,} bytes with sha256 {found}, not {SHAKESPEARE_SHA256}")
+        document = Document("input.txt", Path(file), 0, len(text))
+        write_dataset(name, [document], "char" if name == "shakespeare_char" else "gpt2", SHAKESPEARE_URL)
+
+
+def download(url):
+    import requests
+
+    try:
+        answer = requests.get(url, timeout=30)
+        answer.raise_for_status()
+    except requests.RequestException as e:
+        raise UserError(f"could not fetch {url} ({type(e).__name__}); fetch it elsewhere and name the file with --input") from None
+    return answer.content
+
+
+def text(name, inputs, tokenizer_kind):
+    """Files and folders of one's own; what is named must exist and hold something."""
+    documents = []
+    for path in map(Path, inputs):
+        if path.is_dir():
+            found = find_documents(path)
+        elif path.is_file():
+            found = [Document(path.name, path, 0, path.stat().st_size)] if path.stat().st_size else []
+        else:
+            raise UserError(f"--input {path} does not exist")
+        if not found:
+            raise UserError(f"--input {path} is empty")
+        documents += found
+    write_dataset(name, documents, tokenizer_kind, ", ".join(map(str, inputs)))
+
+
+SMALL = {  # prepared by train.py on first use
+    "stdlib": stdlib,
+    "shakespeare_char": lambda file=None: shakespeare("shakespeare_char", file),
+    "shakespeare": lambda file=None: shakespeare("shakespeare", file),
+}
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", choices=[*SMALL, "text", "openwebtext"], help="which data set to prepare")
+    parser.add_argument("--name", help="text: the data set's name, a folder in data/")
+    parser.add_argument("--input", nargs="+", help="text: files or folders; shakespeare: a copy of it, where the network does not reach")
+    parser.add_argument("--tokenizer", choices=["gpt2", "char", "byte"], default="gpt2", help="text: default gpt2")
+    args = parser.parse_args(argv)
+    if args.dataset == "text":
+        if not args.name or not args.input:
+            parser.error("text needs --name NAME and --input FILE_OR_FOLDER ...")
+        if not re.fullmatch(r"\w[\w.-]*", args.name):
+            parser.error(f"--name {args.name!r} is not a plain folder name")
+        text(args.name, args.input, args.tokenizer)
+    elif args.dataset == "openwebtext":
+        raise UserError("openwebtext cannot be prepared by this version yet")
+    elif args.dataset == "stdlib":
+        stdlib()
+    else:
+        shakespeare(args.dataset, args.input[0] if args.input else None)
+
+
+if __name__ == "__main__":
+    run_program(main)

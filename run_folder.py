@@ -1,0 +1,91 @@
+"""A run's folder, out/NAME: what training leaves there and what every other program reads.
+
+    config.json    settings as resolved, command, versions, device, commit, data hashes, parameter counts
+    metrics.jsonl  one JSON object a line: training steps and evaluations
+    ckpt.pt        all that resuming needs: model, optimizer, scaler, state, tokenizer
+    best.pt        the model with the lowest validation loss, and its tokenizer
+    summary.json   how the run ended
+
+Every file but metrics.jsonl, which only grows, is written under a temporary name and moved into place.
+Nothing that is read from it is executed.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from command import UserError
+from model import GPT, GPTConfig
+
+
+class RunFolder:
+    def __init__(self, path):
+        self.path = Path(path)
+
+    def __str__(self):
+        return str(self.path)
+
+    def holds(self, name):
+        return (self.path / name).exists()
+
+    def replace(self, name, write):
+        """Call write(temporary path), then move the file into place: nobody ever sees half of it."""
+        temporary = self.path / f".{name}.tmp"
+        write(temporary)
+        os.replace(temporary, self.path / name)
+
+    def write_json(self, name, content):
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        self.replace(name, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def read_json(self, name):
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as e:
+            raise UserError(f"{self.path / name} cannot be read: {e}") from None
+
+    def begin(self, record, step):
+        """Write config.json and take from metrics.jsonl what an earlier sitting logged after this step."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.write_json("config.json", record)
+        metrics = self.path / "metrics.jsonl"
+        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        self.replace("metrics.jsonl", lambda path: path.write_text("".join(kept), encoding="utf-8"))
+
+    def log(self, values):
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(values) + "\n")
+
+    def save(self, name, checkpoint):
+        self.replace(name, lambda path: torch.save(checkpoint, path))
+
+    def load(self, name):
+        """A checkpoint, on the CPU."""
+        try:
+            return torch.load(self.path / name, map_location="cpu", weights_only=True)
+        except Exception as e:  # torch raises many kinds for a file that is not one of its own
+            reason = str(e).splitlines()[0] if str(e) else "truncated"
+            raise UserError(f"{self.path / name} cannot be read as a checkpoint ({type(e).__name__}: {reason:.150})") from None
+
+    def load_model(self, device):
+        """The best model, or the last where none is marked best -> (GPT in eval mode, its tokenizer's spec)."""
+        name = next((name for name in ("best.pt", "ckpt.pt") if self.holds(name)), None)
+        if name is None:
+            raise UserError(f"{self.path} holds no trained model (neither best.pt nor ckpt.pt)")
+        checkpoint = self.load(name)
+        model = GPT(GPTConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+        return model.to(device).eval(), checkpoint["tokenizer"]
+
+
+def pick_device(device=None, local_rank=0):
+    """A device that is there: the one asked for, else the first of cuda, mps and cpu."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind, _, number = (device or next(k for k in available if available[k])).partition(":")
+    if not available.get(kind) or (number and not number.isdigit()) or (kind == "cuda" and int(number or local_rank) >= torch.cuda.device_count()):
+        there = ", ".join(k for k in available if available[k])
+        raise UserError(f"device={device} is not there; torch {torch.__version__} finds {there}")
+    return f"cuda:{number or local_rank}" if kind == "cuda" else kind

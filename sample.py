@@ -1,0 +1,82 @@
+"""Let a trained model write: python sample.py out/NAME [--prompt=TEXT | --prompt=FILE:path] [...]"""
+
+import argparse
+import codecs
+import sys
+from pathlib import Path
+
+import torch
+
+from command import Parser, UserError, run_program
+from prepare_data import load_tokenizer
+from run_folder import RunFolder, pick_device
+
+
+def encode_prompt(prompt, tokenizer, block_size):
+    """The --prompt option -> token ids (1, T), 1 <= T <= block_size. None begins a new document."""
+    if prompt is None and tokenizer.eot is not None:
+        return torch.tensor([[tokenizer.eot]])
+    data = "\n".encode() if prompt is None else prompt.encode()
+    if prompt and prompt.startswith("FILE:"):
+        try:
+            data = Path(prompt.removeprefix("FILE:")).read_bytes()
+        except OSError as e:
+            raise UserError(f"--prompt={prompt}: {e.strerror}") from None
+    if not data:
+        raise UserError("the prompt is empty; leave out --prompt to begin a new document")
+    try:
+        ids = torch.tensor([tokenizer.encode(data).tolist()])
+    except UnicodeDecodeError:
+        raise UserError(f"--prompt={prompt} is not UTF-8 text, which this run's tokens are made of") from None
+    if ids.size(1) > block_size:
+        raise UserError(f"the prompt has {ids.size(1):,} tokens, but this model sees {block_size:,} at most; shorten it")
+    return ids
+
+
+def read_options(argv):
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("run", help="folder of a run, out/NAME")
+    parser.add_argument("--prompt", help="text to go on from, or FILE:path; without it a new document begins")
+    parser.add_argument("--num_samples", type=int, default=3, help="how many texts")
+    parser.add_argument("--max_new_tokens", type=int, default=500, help="length of each, in tokens")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
+    parser.add_argument("--top_k", type=int, help="draw from the k likeliest tokens only")
+    parser.add_argument("--top_p", type=float, help="draw from the fewest tokens whose probabilities reach p")
+    parser.add_argument("--seed", type=int, default=1337, help="of the draws")
+    parser.add_argument("--device", help="cpu, cuda, cuda:N or mps; without it the first there is of cuda, mps, cpu")
+    options = parser.parse_args(argv)
+    ranges = {
+        "num_samples": options.num_samples >= 1,
+        "max_new_tokens": options.max_new_tokens >= 1,
+        "temperature": options.temperature >= 0,
+        "top_k": options.top_k is None or options.top_k >= 1,
+        "top_p": options.top_p is None or 0 < options.top_p <= 1,
+    }
+    for name, holds in ranges.items():
+        if not holds:
+            parser.error(f"--{name}={getattr(options, name)} is out of range")
+    return options
+
+
+def main(argv=None):
+    options = read_options(argv)
+    device = pick_device(options.device)
+    model, tokenizer_spec = RunFolder(options.run).load_model(device)
+    tokenizer = load_tokenizer(tokenizer_spec)
+    prompt = encode_prompt(options.prompt, tokenizer, model.config.block_size).to(device)
+    generator = torch.Generator(device).manual_seed(options.seed)
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
+    for number in range(options.num_samples):
+        # Characters may be cut between tokens: the decoder holds back what is not complete yet.
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        print("-" * 79 if number else "", end="\n" if number else "")
+        if options.prompt is not None:
+            print(decoder.decode(tokenizer.decode(prompt[0].tolist())), end="")
+        for token in model.stream(prompt, options.max_new_tokens, options.temperature, options.top_k, options.top_p, generator):
+            print(decoder.decode(tokenizer.decode(token[0].tolist())), end="", flush=True)
+        print()
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)
