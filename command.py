@@ -79,7 +79,9 @@ def read_config(path):
         values = runpy.run_path(str(path))
     except Exception as e:
         raise UserError(f"{path}: {type(e).__name__}: {e}", status=2) from None
-    return {k: v for k, v in values.items() if not (k.startswith("_") or callable(v) or isinstance(v, types.ModuleType))}
+    return {
+        k: v for k, v in values.items() if not (k.startswith("_") or callable(v) or isinstance(v, types.ModuleType))
+    }
 
 
 def convert(key, value, kinds, where):
@@ -109,5 +111,7 @@ def list_settings(cls, kinds):
     """The settings of a dataclass with their defaults and comments, as --help shows them."""
     lines = re.findall(r"^    (\w+): [^=\n]+ = (.+?)  # (.+)$", inspect.getsource(cls), re.M)
     return "\n".join(
-        f"  --{key}={default.replace('None', 'auto')}\n        {meaning}" for key, default, meaning in lines if key in kinds
+        f"  --{key}={default.replace('None', 'auto')}\n        {meaning}"
+        for key, default, meaning in lines
+        if key in kinds
     )

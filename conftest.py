@@ -54,4 +54,6 @@ def run(program, *arguments, **options):
     """Run a program of the project in the current folder -> CompletedProcess with its text output."""
     command = [sys.executable, str(ROOT / program), *map(str, arguments)]
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment, timeout=170, **options)
+    return subprocess.run(
+        command, capture_output=True, text=True, encoding="utf-8", env=environment, timeout=170, **options
+    )

@@ -52,7 +52,9 @@ class GPTConfig:
         if self.query_mode != "nonlinear":
             for name in ("query_rank", "query_activation"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name}={getattr(self, name)!r} has no meaning with query_mode={self.query_mode!r}")
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} has no meaning with query_mode={self.query_mode!r}"
+                    )
         else:
             self.query_rank = self.query_rank or max(1, self.n_embd // 2)
             self.query_activation = self.query_activation or "gelu"
@@ -157,14 +159,18 @@ class Attention(nn.Module):
         B, T, d = x.shape
         q = self.query(x)  # (B, T, d)
         k, v = self.key_value(x).split(d, dim=2)  # (B, T, d) each
-        q, k, v = (t.view(B, T, self.n_head, self.head_size).transpose(1, 2) for t in (q, k, v))  # (B, n_head, T, head_size)
+        q, k, v = (
+            t.view(B, T, self.n_head, self.head_size).transpose(1, 2) for t in (q, k, v)
+        )  # (B, n_head, T, head_size)
         if self.qk_norm:
             q, k = (F.rms_norm(t, (self.head_size,), eps=1e-5) for t in (q, k))
         if cache is not None:
             k, v = cache.append(k, v)  # (B, n_head, length, head_size)
         # A single new token may see all cached ones, which is what is_causal would forbid.
         is_causal = self.causal and T > 1
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, dropout_p=self.dropout if self.training else 0.0)
+        y = F.scaled_dot_product_attention(
+            q, k, v, is_causal=is_causal, dropout_p=self.dropout if self.training else 0.0
+        )
         y = y.transpose(1, 2).reshape(B, T, d)  # heads side by side again
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 

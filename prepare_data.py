@@ -13,6 +13,7 @@ tokenizers are here too, for the other programs.
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -68,7 +69,8 @@ class CharTokenizer:
         unknown = codes[self.codes[ids] != codes]
         if len(unknown):
             c = chr(unknown[0])
-            raise UserError(f"the character {c!r} (U+{ord(c):04X}) is not among the {len(self.chars)} of this data set: {self.chars!r}")
+            known = f"{len(self.chars):,} of this vocabulary: {self.chars[:100]!r}"
+            raise UserError(f"the character {c!r} (U+{ord(c):04X}) is not among the {known}")
         return ids
 
     def decode(self, ids):
@@ -169,7 +171,9 @@ def split(documents):
         with open(doc.path, "rb") as f:
             f.seek(cut)
             following = f.read(4)
-        cut += next((i for i, byte in enumerate(following) if byte & 0xC0 != 0x80), len(following))  # past continuation bytes
+        cut += next(
+            (i for i, byte in enumerate(following) if byte & 0xC0 != 0x80), len(following)
+        )  # past continuation bytes
         return {
             "train": [Document(doc.name, doc.path, doc.start, cut)],
             "val": [Document(doc.name, doc.path, cut, doc.stop)],
@@ -194,33 +198,38 @@ def write_dataset(name, documents, tokenizer_kind, source):
     temporary = target.with_name(f".{name}.{os.getpid()}.tmp")
     temporary.mkdir()
     try:
-        several = len(documents) > 1
-        if tokenizer_kind == "char":
-            codes = np.unique(np.concatenate([np.unique(tokens) for doc in documents for tokens in encode(doc, code_points)]))
-            tokenizer = CharTokenizer("".join(map(chr, codes)), has_eot=several)
-        else:
-            tokenizer = load_tokenizer({"kind": tokenizer_kind})
+        tokenizer = make_tokenizer(tokenizer_kind, documents)
         dtype = next(t for t in ("uint8", "uint16", "uint32") if tokenizer.vocab_size - 1 <= np.iinfo(t).max)
         meta = {"source": source, "tokenizer": tokenizer.spec, "vocab_size": tokenizer.vocab_size, "dtype": dtype}
-        for split_name, docs in split(documents).items():
-            meta[split_name] = write_split(temporary / f"{split_name}.bin", docs, tokenizer, dtype, tokenizer.eot if several else None)
-            if meta[split_name]["tokens"] < 2:
-                raise UserError(f"{source} is too short: its {split_name} split would have {meta[split_name]['tokens']} tokens")
+        end = [] if len(documents) == 1 else [np.array([tokenizer.eot])]
+        for part, part_documents in split(documents).items():
+            meta[part] = write_split(temporary / f"{part}.bin", part_documents, tokenizer, dtype, end)
+            if meta[part]["tokens"] < 2:
+                raise UserError(f"{source} is too short: {meta[part]['tokens']} tokens would be left for {part}.bin")
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
         os.rename(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    counts = ", ".join(f"{meta[s]['tokens']:,} {s}" for s in ("train", "val"))
+    counts = ", ".join(f"{meta[part]['tokens']:,} {part}" for part in ("train", "val"))
     print(f"{target}: {counts} tokens; vocabulary {tokenizer.vocab_size:,}; from {source}")
 
 
-def write_split(path, documents, tokenizer, dtype, eot):
-    """Write one .bin file -> its entry in meta.json. text_bytes counts the text alone, without the eot ids."""
+def make_tokenizer(kind, documents):
+    if kind != "char":
+        return load_tokenizer({"kind": kind})
+    codes = set()
+    for doc in documents:
+        for piece_codes in encode(doc, code_points):
+            codes.update(np.unique(piece_codes).tolist())
+    return CharTokenizer("".join(map(chr, sorted(codes))), has_eot=len(documents) > 1)
+
+
+def write_split(path, documents, tokenizer, dtype, end):
+    """Write one .bin file -> its entry in meta.json. text_bytes counts the text alone, not what ends a document."""
     tokens, text_bytes, sha256, said = 0, 0, hashlib.sha256(), time.monotonic()
     with open(path, "wb") as f:
         for number, doc in enumerate(documents, 1):
-            end = [] if eot is None else [np.array([eot])]
-            for ids in (*encode(doc, tokenizer.encode), *end):
+            for ids in itertools.chain(encode(doc, tokenizer.encode), end):
                 array = ids.astype(dtype).tobytes()
                 f.write(array)
                 sha256.update(array)
@@ -267,7 +276,9 @@ def shakespeare(name, file=None):
             raise UserError(f"--input {file}: {e.strerror}") from None
         found = hashlib.sha256(text).hexdigest()
         if found != SHAKESPEARE_SHA256:
-            raise UserError(f"{file} is not tiny Shakespeare: {len(text):,} bytes with sha256 {found}, not {SHAKESPEARE_SHA256}")
+            raise UserError(
+                f"{file} is not tiny Shakespeare: {len(text):,} bytes with sha256 {found}, not {SHAKESPEARE_SHA256}"
+            )
         document = Document("input.txt", Path(file), 0, len(text))
         write_dataset(name, [document], "char" if name == "shakespeare_char" else "gpt2", SHAKESPEARE_URL)
 
@@ -279,7 +290,9 @@ def download(url):
         answer = requests.get(url, timeout=30)
         answer.raise_for_status()
     except requests.RequestException as e:
-        raise UserError(f"could not fetch {url} ({type(e).__name__}); fetch it elsewhere and name the file with --input") from None
+        raise UserError(
+            f"could not fetch {url} ({type(e).__name__}); fetch it elsewhere and name the file with --input"
+        ) from None
     return answer.content
 
 
@@ -306,25 +319,33 @@ SMALL = {  # prepared by train.py on first use
 }
 
 
-def main(argv=None):
+def read_options(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", choices=[*SMALL, "text", "openwebtext"], help="which data set to prepare")
     parser.add_argument("--name", help="text: the data set's name, a folder in data/")
-    parser.add_argument("--input", nargs="+", help="text: files or folders; shakespeare: a copy of it, where the network does not reach")
+    parser.add_argument(
+        "--input", nargs="+", help="text: files or folders; shakespeare: a copy, where there is no network"
+    )
     parser.add_argument("--tokenizer", choices=["gpt2", "char", "byte"], default="gpt2", help="text: default gpt2")
-    args = parser.parse_args(argv)
-    if args.dataset == "text":
-        if not args.name or not args.input:
+    options = parser.parse_args(argv)
+    if options.dataset == "text":
+        if not options.name or not options.input:
             parser.error("text needs --name NAME and --input FILE_OR_FOLDER ...")
-        if not re.fullmatch(r"\w[\w.-]*", args.name):
-            parser.error(f"--name {args.name!r} is not a plain folder name")
-        text(args.name, args.input, args.tokenizer)
-    elif args.dataset == "openwebtext":
+        if not re.fullmatch(r"\w[\w.-]*", options.name):
+            parser.error(f"--name {options.name!r} is not a plain folder name")
+    return options
+
+
+def main(argv=None):
+    options = read_options(argv)
+    if options.dataset == "text":
+        text(options.name, options.input, options.tokenizer)
+    elif options.dataset == "openwebtext":
         raise UserError("openwebtext cannot be prepared by this version yet")
-    elif args.dataset == "stdlib":
+    elif options.dataset == "stdlib":
         stdlib()
     else:
-        shakespeare(args.dataset, args.input[0] if args.input else None)
+        shakespeare(options.dataset, options.input[0] if options.input else None)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,9 @@ class RunFolder:
             return torch.load(self.path / name, map_location="cpu", weights_only=True)
         except Exception as e:  # torch raises many kinds for a file that is not one of its own
             reason = str(e).splitlines()[0] if str(e) else "truncated"
-            raise UserError(f"{self.path / name} cannot be read as a checkpoint ({type(e).__name__}: {reason:.150})") from None
+            raise UserError(
+                f"{self.path / name} cannot be read as a checkpoint ({type(e).__name__}: {reason:.150})"
+            ) from None
 
     def load_model(self, device):
         """The best model, or the last where none is marked best -> (GPT in eval mode, its tokenizer's spec)."""
@@ -79,13 +81,3 @@ class RunFolder:
         model = GPT(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
         return model.to(device).eval(), checkpoint["tokenizer"]
-
-
-def pick_device(device=None, local_rank=0):
-    """A device that is there: the one asked for, else the first of cuda, mps and cpu."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind, _, number = (device or next(k for k in available if available[k])).partition(":")
-    if not available.get(kind) or (number and not number.isdigit()) or (kind == "cuda" and int(number or local_rank) >= torch.cuda.device_count()):
-        there = ", ".join(k for k in available if available[k])
-        raise UserError(f"device={device} is not there; torch {torch.__version__} finds {there}")
-    return f"cuda:{number or local_rank}" if kind == "cuda" else kind

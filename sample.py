@@ -8,15 +8,16 @@ from pathlib import Path
 import torch
 
 from command import Parser, UserError, run_program
+from machine import pick_device
 from prepare_data import load_tokenizer
-from run_folder import RunFolder, pick_device
+from run_folder import RunFolder
 
 
 def encode_prompt(prompt, tokenizer, block_size):
     """The --prompt option -> token ids (1, T), 1 <= T <= block_size. None begins a new document."""
     if prompt is None and tokenizer.eot is not None:
         return torch.tensor([[tokenizer.eot]])
-    data = "\n".encode() if prompt is None else prompt.encode()
+    data = b"\n" if prompt is None else prompt.encode()
     if prompt and prompt.startswith("FILE:"):
         try:
             data = Path(prompt.removeprefix("FILE:")).read_bytes()
@@ -29,7 +30,9 @@ def encode_prompt(prompt, tokenizer, block_size):
     except UnicodeDecodeError:
         raise UserError(f"--prompt={prompt} is not UTF-8 text, which this run's tokens are made of") from None
     if ids.size(1) > block_size:
-        raise UserError(f"the prompt has {ids.size(1):,} tokens, but this model sees {block_size:,} at most; shorten it")
+        raise UserError(
+            f"the prompt has {ids.size(1):,} tokens, but this model sees {block_size:,} at most; shorten it"
+        )
     return ids
 
 
@@ -72,7 +75,9 @@ def main(argv=None):
         print("-" * 79 if number else "", end="\n" if number else "")
         if options.prompt is not None:
             print(decoder.decode(tokenizer.decode(prompt[0].tolist())), end="")
-        for token in model.stream(prompt, options.max_new_tokens, options.temperature, options.top_k, options.top_p, generator):
+        for token in model.stream(
+            prompt, options.max_new_tokens, options.temperature, options.top_k, options.top_p, generator
+        ):
             print(decoder.decode(tokenizer.decode(token[0].tolist())), end="", flush=True)
         print()
     return 0

@@ -112,7 +112,9 @@ def test_logits_loss_and_gradients_equal_an_independent_forward_pass(overrides):
         torch.testing.assert_close(p.grad, w[name].grad, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("mode, activation", [("linear", None), ("identity", None), ("nonlinear", "gelu"), ("nonlinear", "none")])
+@pytest.mark.parametrize(
+    "mode, activation", [("linear", None), ("identity", None), ("nonlinear", "gelu"), ("nonlinear", "none")]
+)
 def test_the_query_is_its_formula(mode, activation):
     model = small(query_mode=mode, query_activation=activation, bias=True)
     query = model.blocks[1].attn.query
@@ -161,7 +163,9 @@ def test_an_untied_head_is_counted_once_more_but_not_as_non_embedding():
     assert untied["non_embedding"] == tied["non_embedding"]
 
 
-@pytest.mark.parametrize("overrides", [{"query_mode": mode} for mode in MODES] + [{"mlp_hidden": 40, "query_rank": 8}], ids=str)
+@pytest.mark.parametrize(
+    "overrides", [{"query_mode": mode} for mode in MODES] + [{"mlp_hidden": 40, "query_rank": 8}], ids=str
+)
 def test_flops_per_token_equal_what_torch_counts(overrides):
     model = GPT(GPTConfig(**{**SMALL, **overrides}))
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -170,7 +174,10 @@ def test_flops_per_token_equal_what_torch_counts(overrides):
 
 
 def test_weights_that_arms_share_are_bit_identical():
-    arms = [{"query_mode": mode} for mode in MODES] + [{"query_mode": "identity", "tie_weights": False}, {"query_activation": "none"}]
+    arms = [{"query_mode": mode} for mode in MODES] + [
+        {"query_mode": "identity", "tie_weights": False},
+        {"query_activation": "none"},
+    ]
     states = []
     for overrides in arms:
         torch.manual_seed(len(states))  # the global random stream must not matter

@@ -38,8 +38,12 @@ def nothing_left_behind():
 # Data sets.
 
 
-@pytest.mark.skipif(not (SHARED / "tinyshakespeare.txt").exists(), reason="needs a copy of tiny Shakespeare beside the project")
-@pytest.mark.parametrize("name, tokens", [("shakespeare_char", (1_003_854, 111_540)), ("shakespeare", (301_966, 36_059))])
+@pytest.mark.skipif(
+    not (SHARED / "tinyshakespeare.txt").exists(), reason="needs a copy of tiny Shakespeare beside the project"
+)
+@pytest.mark.parametrize(
+    "name, tokens", [("shakespeare_char", (1_003_854, 111_540)), ("shakespeare", (301_966, 36_059))]
+)
 def test_tiny_shakespeare(name, tokens, gpt2_vocabulary):
     prepare(name, "--input", str(SHARED / "tinyshakespeare.txt"))
     text = (SHARED / "tinyshakespeare.txt").read_text(encoding="ascii")
@@ -184,7 +188,10 @@ def test_mistakes_are_told_and_leave_nothing_behind(monkeypatch):
         (["text", "--name=x", "--input", "nowhere"], "nowhere does not exist"),
         (["text", "--name=x", "--input", "empty"], "empty is empty"),
         (["text", "--name=x", "--input", "folder"], "folder is empty"),
-        (["text", "--name=x", "--input", "latin", "--tokenizer=char"], "latin is not UTF-8 text (byte 0xe4 at offset 0)"),
+        (
+            ["text", "--name=x", "--input", "latin", "--tokenizer=char"],
+            "latin is not UTF-8 text (byte 0xe4 at offset 0)",
+        ),
         (["text", "--name=x", "--input", "one", "--tokenizer=byte"], "too short"),
         (["text", "--name=../x", "--input", "one"], "not a plain folder name"),
         (["text", "--input", "one"], "--name"),

@@ -56,7 +56,8 @@ def test_bytes_that_make_up_a_character_are_printed_together(tiny_data, capsys):
 
     prepare_data.main(["text", "--name=u", "--input", "u.txt", "--tokenizer=byte"])
     Path("u.py").write_text(
-        "dataset, device = 'u', 'cpu'\nn_layer, n_head, n_embd, block_size = 1, 2, 32, 32\nbatch_size, gradient_accumulation_steps = 8, 1\n"
+        "dataset, device = 'u', 'cpu'\nn_layer, n_head, n_embd, block_size = 1, 2, 32, 32\n"
+        "batch_size, gradient_accumulation_steps = 8, 1\n"
         "max_iters, warmup_iters, learning_rate, lr_schedule = 150, 5, 1e-2, 'linear'\n"
     )
     train.main(["u.py"])

@@ -7,18 +7,17 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import machine
 import train
 from command import UserError
 from conftest import ROOT, run
 from model import GPT, GPTConfig
-from run_folder import RunFolder
 from train import Data, Settings, learning_rate
 
 CONFIGS = sorted((ROOT / "config").glob("*.py"))
@@ -89,7 +88,7 @@ ARMS = {
 @pytest.mark.parametrize("arm", ARMS)
 def test_the_papers_arms_follow_its_recipe(arm):
     settings, model_args = train.read_command([f"{ROOT}/config/{arm}.py"])
-    s = train.resolve(settings, 0)
+    s = train.resolve(settings)
     with torch.device("meta"):
         model = GPT(GPTConfig(**model_args))
     if model_args.get("tie_weights", True):
@@ -103,7 +102,16 @@ def test_the_papers_arms_follow_its_recipe(arm):
 def test_values_are_converted_to_their_types():
     Path("c.py").write_text("import math\n_half = 0.5\nlearning_rate = 1\nmax_iters = 1e3\ncompile = False\n")
     s, model_args = train.read_command(
-        ["c.py", "--batch_size=3", "--eval_tokens=1e6", "--wandb_log", "--resume=false", "--min_lr=auto", "--dropout=0", "--n_layer=2"]
+        [
+            "c.py",
+            "--batch_size=3",
+            "--eval_tokens=1e6",
+            "--wandb_log",
+            "--resume=false",
+            "--min_lr=auto",
+            "--dropout=0",
+            "--n_layer=2",
+        ]
     )
     assert (s.learning_rate, s.max_iters, s.compile, s.batch_size, s.eval_tokens) == (1.0, 1000, False, 3, 1_000_000)
     assert (s.wandb_log, s.resume, s.min_lr, s.out_dir) == (True, False, None, os.path.join("out", "c"))
@@ -220,7 +228,15 @@ def test_the_batch_of_a_step_is_pinned():
 def test_accumulation_changes_neither_data_nor_losses(tiny_config, split):
     train.main([tiny_config, "--dropout=0"])
     batch_size, accumulation = split
-    train.main([tiny_config, "--dropout=0", "--out_dir=out/b", f"--batch_size={batch_size}", f"--gradient_accumulation_steps={accumulation}"])
+    train.main(
+        [
+            tiny_config,
+            "--dropout=0",
+            "--out_dir=out/b",
+            f"--batch_size={batch_size}",
+            f"--gradient_accumulation_steps={accumulation}",
+        ]
+    )
     for key in ("train_loss", "val_loss", "grad_norm"):
         assert metrics("out/b", key) == pytest.approx(metrics("out/tiny", key), rel=2e-5)
 
@@ -281,7 +297,13 @@ def whole_run(tiny_config):
 
 
 def test_a_run_leaves_a_complete_record(whole_run, capsys):
-    assert {p.name for p in Path(whole_run).iterdir()} == {"config.json", "metrics.jsonl", "ckpt.pt", "best.pt", "summary.json"}
+    assert {p.name for p in Path(whole_run).iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "ckpt.pt",
+        "best.pt",
+        "summary.json",
+    }
     config = json.loads(Path(whole_run, "config.json").read_text())
     assert config["settings"]["lr_decay_iters"] == 12 and config["model"]["query_rank"] == 8
     assert config["parameters"]["total"] == sum(p.numel() for p in GPT(GPTConfig(**config["model"])).parameters())
@@ -332,7 +354,9 @@ def test_a_signal_saves_and_the_resumed_run_equals_an_undisturbed_one(tiny_confi
         assert int(told[1]) == step and 20 <= step < 150
         done = run(*told[2].split(), *shorter)
         assert done.returncode == 0, done.stderr
-    assert run("train.py", *flags, "--out_dir=out/whole", *shorter).returncode == 0  # rounding depends on the number of threads
+    assert (
+        run("train.py", *flags, "--out_dir=out/whole", *shorter).returncode == 0
+    )  # rounding depends on the number of threads
     for number in range(2):
         assert_same(checkpoint(f"out/{number}")["model"], checkpoint("out/whole")["model"])
         assert metrics(f"out/{number}", "train_loss") == metrics("out/whole", "train_loss")
@@ -352,7 +376,12 @@ def test_a_folder_that_holds_a_run_is_refused_and_untouched(tiny_config, whole_r
     before = {p.name: p.read_bytes() for p in Path(whole_run).iterdir()}
     with pytest.raises(UserError, match="--resume"):
         train.main([tiny_config])
-    refused = {"--learning_rate=0.5": "learning_rate", "--n_layer=1": "n_layer", "--batch_size=4": "sequences", "--query_mode=linear": "query_mode"}
+    refused = {
+        "--learning_rate=0.5": "learning_rate",
+        "--n_layer=1": "n_layer",
+        "--batch_size=4": "sequences",
+        "--query_mode=linear": "query_mode",
+    }
     for flag, word in refused.items():
         with pytest.raises(UserError, match=f"{word}.* was .* now is "):
             train.main([tiny_config, "--resume", flag])
@@ -388,8 +417,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny_c
 
     monkeypatch.setattr(train, "train_step", fails_at_6)
     for log_interval in (1, 100):  # seen at a log line, or before the next save
-        with pytest.raises(UserError, match="not finite|stopped being finite") as e:
-            train.main([tiny_config, f"--log_interval={log_interval}", f"--out_dir=out/{log_interval}"] if log_interval > 1 else [tiny_config, "--log_interval=1"])
+        with pytest.raises(UserError, match="not finite") as e:
+            train.main(
+                [tiny_config, f"--log_interval={log_interval}", f"--out_dir=out/{log_interval}"]
+                if log_interval > 1
+                else [tiny_config, "--log_interval=1"]
+            )
         assert e.value.status == 1
     assert Path("out/tiny/ckpt.pt").read_bytes() == good["bytes"]
     assert checkpoint("out/tiny")["state"]["step"] == checkpoint("out/100")["state"]["step"] == 4
@@ -404,7 +437,15 @@ def test_a_rate_far_too_high_ends_in_one_line_and_status_1(tiny_config):
 def test_two_processes_give_the_losses_of_one(tiny_config):
     flags = [tiny_config, "--dropout=0", "--gradient_accumulation_steps=4"]
     train.main(flags)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"), *flags, "--out_dir=out/two"]
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "train.py"),
+        *flags,
+        "--out_dir=out/two",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *launch], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -437,7 +478,15 @@ def test_a_checkpoint_that_is_not_one_executes_nothing(tiny_config, whole_run):
 def test_bfloat16_stays_close_to_float32(tiny_config):
     for query_mode in ("linear", "identity", "nonlinear"):
         for dtype in ("float32", "bfloat16"):
-            train.main([tiny_config, f"--query_mode={query_mode}", f"--dtype={dtype}", f"--out_dir=out/{query_mode}{dtype}", "--qk_norm"])
+            train.main(
+                [
+                    tiny_config,
+                    f"--query_mode={query_mode}",
+                    f"--dtype={dtype}",
+                    f"--out_dir=out/{query_mode}{dtype}",
+                    "--qk_norm",
+                ]
+            )
         a, b = (metrics(f"out/{query_mode}{dtype}", "val_loss") for dtype in ("float32", "bfloat16"))
         assert a != b and a == pytest.approx(b, rel=0.02)
 
@@ -464,7 +513,13 @@ def test_mfu_is_reported_against_a_known_or_given_peak(tiny_config):
     config = json.loads(Path("out/tiny/config.json").read_text())["model"]
     flops = GPT(GPTConfig(**config)).flops_per_token()
     assert all(mfu[step] == pytest.approx(speed[step] * flops / 1e9, rel=1e-3) for step in speed)
-    assert train.known_peak("NVIDIA H100 80GB HBM3") == 989 and train.known_peak("Tesla T4") is None
+
+
+@pytest.mark.parametrize("name, peak", [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("Tesla T4", None)])
+def test_the_peak_of_a_gpu_is_known_or_not_given(monkeypatch, name, peak):
+    monkeypatch.setattr(machine, "device_name", lambda device: name)
+    assert machine.peak_tflops("cuda:0") == peak
+    assert machine.peak_tflops("cpu") is None
 
 
 def test_wandb_is_optional_and_its_absence_is_told(tiny_config, monkeypatch):

@@ -1,9 +1,9 @@
 """Train a GPT: python train.py [config/FILE.py] [--key=value ...]
 
-Without a file it trains config/quickstart.py. Keys are the settings below and the model's own (GPTConfig
-in model.py); flags override the file. A bare --key sets a switch to true. A run is left in
-out/<name of the config file>; --resume goes on with it. On several GPUs:
-torchrun --standalone --nproc_per_node=8 train.py config/FILE.py
+Without a file it trains config/quickstart.py. Keys are the settings below and the model's own; flags
+override the file, and a bare --key sets a switch to true. The run is left in out/<name of the config
+file>, and --resume goes on with it.
+On several GPUs: torchrun --standalone --nproc_per_node=8 train.py config/FILE.py
 """
 
 import contextlib
@@ -12,9 +12,7 @@ import json
 import math
 import os
 import platform
-import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -27,10 +25,12 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import machine
 import prepare_data
 from command import UserError, list_settings, read_settings, run_program
+from machine import StopSignal, autocast, barrier, rank, say, sum_over_ranks, world_size
 from model import GPT, GPTConfig, stream_seed
-from run_folder import RunFolder, pick_device
+from run_folder import RunFolder
 
 # ---------------------------------------------------------------------------------------------------
 # Settings. The comment behind a setting is what --help prints; None is written "auto".
@@ -71,24 +71,29 @@ class Settings:
     peak_tflops: float | None = None  # of one device, for the MFU; auto: known for A100, H100, H200, 4090, 5090
 
     def __post_init__(self):
-        ranges = {
-            "at least 1": (lambda v: v >= 1, "batch_size gradient_accumulation_steps max_iters lr_decay_iters eval_interval eval_tokens log_interval"),
-            "above 0": (lambda v: 0 < v < math.inf, "learning_rate peak_tflops"),
-            "0 or above": (lambda v: 0 <= v < math.inf, "seed min_lr warmup_iters weight_decay grad_clip"),
-            "in [0, 1)": (lambda v: 0 <= v < 1, "beta1 beta2"),
-            "cosine or linear": (lambda v: v in ("cosine", "linear"), "lr_schedule"),
-            "float32, bfloat16 or float16": (lambda v: v in ("float32", "bfloat16", "float16"), "dtype"),
-        }
-        for meaning, (holds, names) in ranges.items():
+        ranges = [
+            ("at least 1", lambda v: v >= 1, "batch_size gradient_accumulation_steps max_iters lr_decay_iters"),
+            ("at least 1", lambda v: v >= 1, "eval_interval eval_tokens log_interval"),
+            ("above 0", lambda v: 0 < v < math.inf, "learning_rate peak_tflops"),
+            ("0 or above", lambda v: 0 <= v < math.inf, "seed min_lr warmup_iters weight_decay grad_clip"),
+            ("in [0, 1)", lambda v: 0 <= v < 1, "beta1 beta2"),
+            ("cosine or linear", lambda v: v in ("cosine", "linear"), "lr_schedule"),
+            ("float32, bfloat16 or float16", lambda v: v in ("float32", "bfloat16", "float16"), "dtype"),
+        ]
+        for meaning, holds, names in ranges:
             for name in names.split():
                 value = getattr(self, name)
                 if value is not None and not holds(value):
                     raise ValueError(f"{name}={value} must be {meaning}")
 
 
-# What may differ when a run is resumed: none of these changes what a step computes but for rounding.
-MAY_CHANGE = {"out_dir", "resume", "eval_only", "max_iters", "lr_decay_iters", "eval_interval", "eval_tokens", "log_interval"}
-MAY_CHANGE |= {"wandb_log", "wandb_project", "device", "dtype", "compile", "peak_tflops", "batch_size", "gradient_accumulation_steps"}
+# What may differ when a run is resumed: nothing here changes what a step computes, but for rounding.
+# The two factors of a step's size may change where their product does not.
+MAY_CHANGE = {
+    *("out_dir", "resume", "eval_only", "max_iters", "lr_decay_iters", "batch_size", "gradient_accumulation_steps"),
+    *("eval_interval", "eval_tokens", "log_interval", "wandb_log", "wandb_project"),
+    *("device", "dtype", "compile", "peak_tflops"),
+}
 
 KINDS = {**typing.get_type_hints(Settings), **typing.get_type_hints(GPTConfig)}
 del KINDS["causal"]  # training predicts the next token
@@ -106,70 +111,20 @@ def read_command(argv):
         raise UserError(str(e), status=2) from None
 
 
-def help_text():
-    return f"{__doc__}\nsettings:\n{list_settings(Settings, KINDS)}\n\nsettings of the model:\n{list_settings(GPTConfig, KINDS)}"
-
-
-# ---------------------------------------------------------------------------------------------------
-# The machine.
-
-
-def resolve(s, local_rank):
+def resolve(s, local_rank=0):
     """Fill in what is auto, now that every override is known."""
-    device = pick_device(s.device, local_rank)
-    kind = device.split(":")[0]
-    if s.dtype == "float16" and kind != "cuda":
-        raise UserError(f"dtype=float16 needs a CUDA device, not {kind}; use bfloat16 or float32", status=2)
+    device = machine.pick_device(s.device, local_rank)
+    if s.dtype == "float16" and not device.startswith("cuda"):
+        raise UserError(f"dtype=float16 needs a CUDA device, not {device}; use bfloat16 or float32", status=2)
     return dataclasses.replace(
         s,
         device=device,
-        dtype=s.dtype or best_dtype(kind),
-        compile=kind == "cuda" if s.compile is None else s.compile,
-        peak_tflops=s.peak_tflops or (known_peak(torch.cuda.get_device_name(device)) if kind == "cuda" else None),
+        dtype=s.dtype or machine.best_dtype(device),
+        compile=device.startswith("cuda") if s.compile is None else s.compile,
+        peak_tflops=s.peak_tflops or machine.peak_tflops(device),
         lr_decay_iters=s.lr_decay_iters or s.max_iters,
         min_lr={"cosine": s.learning_rate / 10, "linear": 0.0}[s.lr_schedule] if s.min_lr is None else s.min_lr,
     )
-
-
-def best_dtype(kind):
-    if kind == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    # A CPU without instructions for bf16 matrices emulates them, many times slower than float32.
-    amx = kind == "cpu" and hasattr(torch.cpu, "get_capabilities") and torch.cpu.get_capabilities().get("amx_bf16")
-    return "bfloat16" if amx else "float32"
-
-
-def known_peak(name):
-    """Dense bf16 TFLOP/s with fp32 accumulation, as the maker states them; None where unknown."""
-    peaks = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "RTX 4090": 165, "RTX 5090": 209}
-    return next((float(peak) for part, peak in peaks.items() if part in name), None)
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def sum_over_ranks(*values, device):
-    """The sum of each number over all processes."""
-    total = torch.tensor(values, dtype=torch.float32 if device == "mps" else torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.tolist()
-
-
-def barrier():
-    """Wait for the other processes."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def say(text):
-    if rank() == 0:
-        print(text, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -177,7 +132,7 @@ def say(text):
 
 
 class Data:
-    """The token files of one data set, checked against its meta.json."""
+    """The token files of data/NAME, checked against its meta.json."""
 
     def __init__(self, name, block_size):
         self.folder, self.block_size = prepare_data.DATA_DIR / name, block_size
@@ -186,11 +141,13 @@ class Data:
         except (OSError, ValueError) as e:
             raise UserError(f"cannot read {self.folder / 'meta.json'} ({e}); prepare the data set anew") from None
         for split in ("train", "val"):
-            size, tokens = len(self.tokens(split)), self.meta[split]["tokens"]
-            if size != tokens:
-                raise UserError(f"{self.folder}/{split}.bin holds {size} tokens, but meta.json says {tokens}; prepare it anew")
-            if tokens < block_size + 1:
-                raise UserError(f"{self.folder}/{split}.bin has {tokens} tokens, fewer than block_size + 1 = {block_size + 1}; lower block_size or take more text")
+            path, found, tokens = self.folder / f"{split}.bin", len(self.tokens(split)), self.meta[split]["tokens"]
+            if found != tokens:
+                raise UserError(f"{path} holds {found} tokens, but meta.json says {tokens}; prepare it anew")
+            if tokens <= block_size:
+                raise UserError(
+                    f"{path} has {tokens} tokens, too few for block_size={block_size}; lower it or add text"
+                )
 
     def tokens(self, split):
         # Opened afresh each time: the pages that a long-lived memmap has touched count as resident memory.
@@ -202,34 +159,66 @@ class Data:
         return (raw % (self.meta["train"]["tokens"] - self.block_size)).astype(np.int64)
 
     def batch(self, split, offsets, stop, device):
-        """Windows at offsets (n,) -> inputs and targets (n, block_size); a target at or past stop is -1."""
+        """Windows at offsets (n,) -> inputs and targets, (n, block_size) each; a target at or past stop is -1."""
         tokens = self.tokens(split)
         windows = np.full((len(offsets), self.block_size + 1), -1, np.int64)
         for window, offset in zip(windows, offsets):
             part = tokens[offset : min(offset + self.block_size + 1, stop)]
             window[: len(part)] = part
         windows = torch.from_numpy(windows)
-        x, y = windows[:, :-1].clamp(min=0), windows[:, 1:]
-        if device.startswith("cuda"):  # pinned memory lets the copy overlap with computation
-            return x.pin_memory().to(device, non_blocking=True), y.contiguous().pin_memory().to(device, non_blocking=True)
-        return x.to(device), y.to(device)
+        if device.startswith("cuda"):  # from pinned memory the copy overlaps with computation
+            windows = windows.pin_memory().to(device, non_blocking=True)
+        windows = windows.to(device)
+        return windows[:, :-1].clamp(min=0), windows[:, 1:].contiguous()
 
 
 def open_data(name, block_size):
     """Prepare a small data set on first use; refuse a large or unknown one with the command that prepares it."""
-    if rank() == 0 and not (prepare_data.DATA_DIR / name).exists():
-        if name in prepare_data.SMALL:
-            say(f"preparing {prepare_data.DATA_DIR / name}")
-            prepare_data.SMALL[name]()
-        else:
+    folder = prepare_data.DATA_DIR / name
+    if rank() == 0 and not folder.exists():
+        if name not in prepare_data.SMALL:
             command = name if name == "openwebtext" else f"text --name {name} --input FILE_OR_FOLDER"
-            raise UserError(f"there is no data set {prepare_data.DATA_DIR / name}; prepare it: python prepare_data.py {command}")
+            raise UserError(f"there is no data set {folder}; prepare it: python prepare_data.py {command}")
+        say(f"preparing {folder}")
+        prepare_data.SMALL[name]()
     barrier()
     return Data(name, block_size)
 
 
 # ---------------------------------------------------------------------------------------------------
-# Schedule, evaluation, one step.
+# Evaluation.
+
+
+@torch.no_grad()
+def evaluate(model, data, s):
+    """Mean loss in nats over the tokens of val.bin (the first eval_tokens), perplexity, and bits per byte of text.
+
+    The windows tile the file, so that every token but the first is predicted once, whatever the
+    batch size and the number of processes.
+    """
+    val = data.meta["val"]
+    n = min(val["tokens"] - 1, s.eval_tokens or math.inf)  # tokens to predict
+    starts = np.arange(0, n, data.block_size)
+    starts = np.pad(starts, (0, -len(starts) % s.batch_size), constant_values=n + 1)  # fill up with empty windows
+    total = 0.0
+    model.eval()
+    for offsets in starts.reshape(-1, s.batch_size)[rank() :: world_size()]:
+        x, y = data.batch("val", offsets, n + 1, s.device)
+        with autocast(s.device, s.dtype):
+            _, loss = model(x, y)
+        total += loss.item() * (y >= 0).sum().item()
+    model.train()
+    loss = sum_over_ranks(total, s.device) / n
+    bits_per_token = loss / math.log(2)  # tokens per byte are the whole split's
+    return {
+        "val_loss": loss,
+        "perplexity": math.exp(min(loss, 700)),
+        "bits_per_byte": bits_per_token * val["tokens"] / val["text_bytes"],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------
+# One step.
 
 
 def learning_rate(s, step):
@@ -243,36 +232,6 @@ def learning_rate(s, step):
     return s.min_lr + share * (s.learning_rate - s.min_lr)
 
 
-@torch.no_grad()
-def evaluate(model, data, s):
-    """Mean loss over the tokens of val.bin (the first eval_tokens), in nats, with perplexity and bits per byte.
-
-    The windows tile the file, so that every token but the first is predicted once, whatever the
-    batch size and the number of processes.
-    """
-    n = data.meta["val"]["tokens"] - 1
-    n = min(n, s.eval_tokens or n)  # predicted tokens
-    starts = np.arange(0, n, data.block_size)
-    starts = np.pad(starts, (0, -len(starts) % s.batch_size), constant_values=n + 1)  # empty windows fill the last batch
-    model.eval()
-    total = 0.0
-    for offsets in starts.reshape(-1, s.batch_size)[rank() :: world_size()]:
-        x, y = data.batch("val", offsets, n + 1, s.device)
-        with autocast(s):
-            _, loss = model(x, y)
-        total += loss.item() * (y >= 0).sum().item()
-    model.train()
-    (total,) = sum_over_ranks(total, device=s.device)
-    loss = total / n
-    val = data.meta["val"]
-    # Bytes per token are the whole split's, which is exact where all of it is evaluated.
-    return {"val_loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": loss / math.log(2) * val["tokens"] / val["text_bytes"]}
-
-
-def autocast(s):
-    return torch.autocast(s.device.split(":")[0], getattr(torch, s.dtype), enabled=s.dtype != "float32")
-
-
 def make_optimizer(model, s):
     """AdamW; weight decay on matrices and embeddings, none on gains and biases."""
     parameters = list(model.parameters())
@@ -284,7 +243,7 @@ def make_optimizer(model, s):
 
 
 def train_step(model, optimizer, scaler, data, s, step):
-    """One update -> this rank's mean loss and the gradient norm before clipping, both still on the device."""
+    """One update -> this rank's mean loss and the gradient norm before clipping, both left on the device."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(s, step)
     torch.manual_seed(stream_seed(s.seed, "dropout", step, rank()))
@@ -293,14 +252,14 @@ def train_step(model, optimizer, scaler, data, s, step):
     offsets = data.step_offsets(s.seed, step, s.gradient_accumulation_steps * s.batch_size)
     micro_batches = offsets.reshape(-1, s.batch_size)[rank() :: world_size()]
     mean_loss = torch.zeros((), device=s.device)
-    for i, micro_batch in enumerate(micro_batches):
+    for number, micro_batch in enumerate(micro_batches, 1):
         x, y = data.batch("train", micro_batch, data.meta["train"]["tokens"], s.device)
-        last = i == len(micro_batches) - 1
-        with contextlib.nullcontext() if last or world_size() == 1 else model.no_sync():  # gradients meet once a step
-            with autocast(s):
-                _, loss = model(x, y)
-                loss = loss / len(micro_batches)
-            scaler.scale(loss).backward()
+        with autocast(s.device, s.dtype):
+            loss = model(x, y)[1] / len(micro_batches)
+        last = number == len(micro_batches)
+        if world_size() > 1:
+            model.require_backward_grad_sync = last  # processes exchange gradients once a step
+        scaler.scale(loss).backward()
         mean_loss += loss.detach()
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
@@ -314,59 +273,8 @@ def train_step(model, optimizer, scaler, data, s, step):
 # The run.
 
 
-def describe(s, model, data, command):
-    """What config.json holds: all that is needed to repeat the run."""
-    return {
-        "command": command,
-        "settings": asdict(s),
-        "model": asdict(model.config),
-        "parameters": model.parameter_report(),
-        "data": {"source": data.meta["source"], "sha256": {split: data.meta[split]["sha256"] for split in ("train", "val")}},
-        "device": device_name(s.device),
-        "processes": world_size(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "commit": git_commit(),
-    }
-
-
-def device_name(device):
-    """The GPU's or the processor's name, with the number of threads."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, TypeError):  # Linux on x86
-        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def git_commit():
-    def git(*arguments):
-        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def check_resume(before, now):
-    """Refuse to go on with a run under settings that would make it another one -> the settings that changed."""
-
-    def flat(record):
-        s = record["settings"]
-        sequences = s["batch_size"] * s["gradient_accumulation_steps"]
-        return {**s, **record["model"], "sequences in a step": sequences, "data set": record["data"]["sha256"]}
-
-    before, now = flat(before), flat(now)
-    changed = {key: value for key, value in now.items() if before.get(key) != value}
-    refused = [f"{key} was {before.get(key)}, now is {value}" for key, value in changed.items() if key not in MAY_CHANGE]
-    if refused:
-        raise UserError(f"a run is resumed as what it is: {'; '.join(refused)}")
-    return changed
-
-
 class Run:
-    """What one process does in a run. All do the same, on their share of each batch; rank 0 writes and talks.
+    """What one process does in a run. All do the same on their share of each batch; rank 0 writes and talks.
 
     state is the part of a checkpoint that is neither model nor optimizer. Its timed_steps and
     timed_seconds leave out what says nothing about speed: the first step of a sitting (compilation),
@@ -374,8 +282,10 @@ class Run:
     """
 
     def __init__(self, s, model_args, command):
-        if s.gradient_accumulation_steps % world_size():
-            raise UserError(f"gradient_accumulation_steps={s.gradient_accumulation_steps} cannot be shared by {world_size()} processes", status=2)
+        processes = world_size()
+        if s.gradient_accumulation_steps % processes:
+            steps = s.gradient_accumulation_steps
+            raise UserError(f"gradient_accumulation_steps={steps} cannot be shared by {processes} processes", status=2)
         block_size = model_args.get("block_size", GPTConfig.block_size)
         self.s, self.command, self.folder = s, command, RunFolder(s.out_dir)
         self.data = open_data(s.dataset, block_size)
@@ -387,7 +297,8 @@ class Run:
         self.optimizer = make_optimizer(self.model, s)
         self.scaler = torch.amp.GradScaler(s.device.split(":")[0], enabled=s.dtype == "float16")
         self.tokens_per_step = s.batch_size * s.gradient_accumulation_steps * block_size
-        self.state = {"step": 0, "val": None, "best_val_loss": math.inf, "seconds": 0.0, "timed_steps": 0, "timed_seconds": 0.0}
+        self.state = {"step": 0, "val": None, "best_val_loss": math.inf}
+        self.state |= {"seconds": 0.0, "timed_steps": 0, "timed_seconds": 0.0}
         self.health = torch.zeros((), device=s.device)  # the sum of all losses and norms: finite as long as each was
         self.writes = rank() == 0 and not s.eval_only
         self.wandb = None
@@ -398,7 +309,7 @@ class Run:
         s, record = self.s, describe(self.s, self.model, self.data, self.command)
         exists = self.folder.holds("config.json")
         if exists and not s.resume:
-            raise UserError(f"{self.folder} holds a run: go on with it (--resume), name another folder (--out_dir=...) or delete it")
+            raise UserError(f"{self.folder} holds a run: --resume it, choose another --out_dir, or delete it")
         if s.resume and not exists:
             raise UserError(f"{self.folder} holds no run to resume")
         if exists:
@@ -406,7 +317,7 @@ class Run:
             if self.folder.holds("ckpt.pt"):  # else it was stopped before the first one, and begins again
                 self.restore(self.folder.load("ckpt.pt"))
             record["resumed"] = {"at_step": self.state["step"], "changed": changed}
-        self.introduce(record)
+        self.introduce(record["parameters"])
         if s.wandb_log and rank() == 0:
             self.wandb = start_wandb(s, record)
         barrier()  # every rank has seen the folder as it was
@@ -419,15 +330,16 @@ class Run:
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.state = checkpoint["state"]
 
-    def introduce(self, record):
-        s, meta, counts = self.s, self.data.meta, record["parameters"]
-        say(f"data    {s.dataset}: {meta['train']['tokens']:,} train, {meta['val']['tokens']:,} val tokens, {meta['tokenizer']['kind']}")
-        say(f"model   {self.model.config.query_mode} query, {counts['total']:,} parameters")
-        say(f"        ({counts['non_embedding']:,} non-embedding, {counts['query_path']:,} in the query path)")
+    def introduce(self, parameters):
+        s, meta = self.s, self.data.meta
+        kind, tokens = meta["tokenizer"]["kind"], {split: meta[split]["tokens"] for split in ("train", "val")}
+        say(f"data    {s.dataset}: {tokens['train']:,} train, {tokens['val']:,} val tokens, {kind}")
+        say(f"model   {self.model.config.query_mode} query, {parameters['total']:,} parameters")
+        say(f"        ({parameters['non_embedding']:,} non-embedding, {parameters['query_path']:,} in the query path)")
         say(f"run     {self.folder}: {s.max_iters:,} steps of {self.tokens_per_step:,} tokens")
-        say(f"device  {s.device}, {s.dtype}, compile {'on' if s.compile else 'off'}, {world_size()} process{'es'[: 2 * (world_size() > 1)]}")
+        say(f"device  {s.device}, {s.dtype}, compile {'on' if s.compile else 'off'}, processes: {world_size()}")
         if s.resume:
-            say(f"resume  at step {self.state['step']}")
+            say(f"resumed at step {self.state['step']}")
 
     def loop(self, stop):
         """Evaluate, train, log and save until max_iters or a signal -> exit status."""
@@ -452,7 +364,7 @@ class Run:
             if state["step"] % s.log_interval == 0 or state["step"] == 1:
                 self.log_step(loss, norm)
                 self.start_lap()
-            if sum_over_ranks(stop.number, device=s.device)[0]:
+            if sum_over_ranks(stop.number, s.device):
                 self.check_finite(self.health)
                 self.save("ckpt.pt")
                 resume = self.command if s.resume else f"{self.command} --resume"
@@ -463,18 +375,18 @@ class Run:
         self.lap_steps, self.lap_start = 0, time.perf_counter()
 
     def evaluate(self):
-        began = time.perf_counter()
-        val = evaluate(self.model, self.data, self.s)
+        began, s, state = time.perf_counter(), self.s, self.state
+        val = evaluate(self.model, self.data, s)
         self.check_finite(self.health + val["val_loss"])
-        best = val["val_loss"] < self.state["best_val_loss"]
-        self.state["val"] = {"step": self.state["step"], **val}
-        self.state["best_val_loss"] = min(val["val_loss"], self.state["best_val_loss"])
+        best = val["val_loss"] < state["best_val_loss"]
+        state["val"] = {"step": state["step"], **val}
+        state["best_val_loss"] = min(val["val_loss"], state["best_val_loss"])
         self.log(**val)
         say(
-            f"step {self.state['step']}/{self.s.max_iters}  val loss {val['val_loss']:.4f}  perplexity {val['perplexity']:.2f}  "
+            f"step {state['step']}/{s.max_iters}  val loss {val['val_loss']:.4f}  perplexity {val['perplexity']:.2f}  "
             f"bits/byte {val['bits_per_byte']:.3f}  {time.perf_counter() - began:.1f} s"
         )
-        if self.state["step"] > 0:
+        if state["step"] > 0:
             self.save("ckpt.pt")
             if best:
                 self.save("best.pt")
@@ -482,27 +394,27 @@ class Run:
     def log_step(self, loss, norm):
         s, step = self.s, self.state["step"]
         self.check_finite(self.health)
+        loss = sum_over_ranks(loss, s.device) / world_size()
         seconds = time.perf_counter() - self.lap_start
         if step > self.first + 1:
             self.state["timed_steps"] += self.lap_steps
             self.state["timed_seconds"] += seconds
-        (loss,) = sum_over_ranks(loss.item() / world_size(), device=s.device)
-        rate = learning_rate(s, step - 1)
         speed = self.lap_steps * self.tokens_per_step / seconds
-        mfu = speed * self.model.flops_per_token() / (s.peak_tflops * 1e12 * world_size()) if s.peak_tflops else None
-        self.log(train_loss=loss, learning_rate=rate, grad_norm=norm.item(), tokens_per_second=round(speed, 1), mfu=mfu)
+        peak = s.peak_tflops and s.peak_tflops * 1e12 * world_size()
+        mfu = speed * self.model.flops_per_token() / peak if peak else None
+        rate, left = learning_rate(s, step - 1), (s.max_iters - step) * seconds / self.lap_steps
+        self.log(train_loss=loss, learning_rate=rate, grad_norm=norm.item(), tokens_per_second=speed, mfu=mfu)
         say(
-            f"step {step}/{s.max_iters}  loss {loss:.4f}  lr {rate:.1e}  norm {norm.item():.2f}  {speed / 1000:.1f}k tok/s"
-            f"{f'  mfu {mfu:.0%}' if mfu else ''}  {clock((s.max_iters - step) * seconds / self.lap_steps)} left"
+            f"step {step}/{s.max_iters}  loss {loss:.4f}  lr {rate:.1e}  norm {norm.item():.2f}  "
+            f"{speed / 1000:.1f}k tok/s{f'  mfu {mfu:.0%}' if mfu else ''}  {clock(left)} left"
         )
 
     def check_finite(self, value):
-        """value: a number or a tensor, the same question on every rank."""
-        (value,) = sum_over_ranks(float(value), device=self.s.device)
-        if not math.isfinite(value):
+        """Stop the run where the value, a number or tensor, is not finite on some rank; nothing is saved then."""
+        if not math.isfinite(sum_over_ranks(value, self.s.device)):
             kept = "the last checkpoint is kept" if self.folder.holds("ckpt.pt") else "there is no checkpoint yet"
             raise UserError(
-                f"the loss stopped being finite before step {self.state['step']}; {kept}. A lower learning_rate "
+                f"the loss is not finite at step {self.state['step']}; {kept}. A lower learning_rate "
                 f"(now {self.s.learning_rate:g}) or a longer warm-up (now {self.s.warmup_iters}) may help"
             )
 
@@ -511,7 +423,6 @@ class Run:
         return self.state["seconds"] + time.perf_counter() - self.started
 
     def log(self, **values):
-        """Append a line to metrics.jsonl."""
         values = {"step": self.state["step"], **values, "seconds": round(self.seconds(), 3)}
         if self.writes:
             self.folder.log(values)
@@ -537,7 +448,7 @@ class Run:
         if self.s.eval_only:
             return 0
         state, val = self.state, self.state["val"]
-        speed = state["timed_steps"] * self.tokens_per_step / state["timed_seconds"] if state["timed_steps"] else None
+        steps, seconds = state["timed_steps"], state["timed_seconds"]
         summary = {
             "final_val_loss": val["val_loss"],
             "best_val_loss": state["best_val_loss"],
@@ -545,15 +456,60 @@ class Run:
             "bits_per_byte": val["bits_per_byte"],
             "steps": state["step"],
             "tokens": state["step"] * self.tokens_per_step,
-            "tokens_per_second": speed,
+            "tokens_per_second": steps * self.tokens_per_step / seconds if steps else None,
             "seconds": self.seconds(),
-            "peak_memory_bytes": peak_memory(self.s.device),
+            "peak_memory_bytes": machine.peak_memory(self.s.device),
         }
         if self.writes:
             self.folder.write_json("summary.json", summary)
-        say(f"done in {clock(summary['seconds'])}: val loss {val['val_loss']:.4f}, perplexity {val['perplexity']:.2f}; best val loss {state['best_val_loss']:.4f}")
+        say(f"done in {clock(summary['seconds'])}: val loss {val['val_loss']:.4f}, perplexity {val['perplexity']:.2f}")
         say(f"sample from it: python sample.py {self.folder}")
         return 0
+
+
+def describe(s, model, data, command):
+    """What config.json holds: all that is needed to repeat the run."""
+    return {
+        "command": command,
+        "settings": asdict(s),
+        "model": asdict(model.config),
+        "parameters": model.parameter_report(),
+        "data": {
+            "source": data.meta["source"],
+            "sha256": {split: data.meta[split]["sha256"] for split in ("train", "val")},
+        },
+        "device": machine.device_name(s.device),
+        "processes": world_size(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "commit": git_commit(),
+    }
+
+
+def git_commit():
+    def git(*arguments):
+        command = ["git", "-C", Path(__file__).parent, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def check_resume(before, now):
+    """Refuse to go on with a run under settings that would make it another one -> the settings that changed."""
+
+    def flat(record):
+        s = record["settings"]
+        sequences = s["batch_size"] * s["gradient_accumulation_steps"]
+        return {**s, **record["model"], "sequences in a step": sequences, "data set": record["data"]["sha256"]}
+
+    before, now = flat(before), flat(now)
+    changed = {key: value for key, value in now.items() if before.get(key) != value}
+    refused = [f"{key} was {before.get(key)}, now is {changed[key]}" for key in changed if key not in MAY_CHANGE]
+    if refused:
+        raise UserError(f"a run is resumed as what it is: {'; '.join(refused)}")
+    return changed
 
 
 def start_wandb(s, record):
@@ -564,39 +520,11 @@ def start_wandb(s, record):
     return wandb.init(project=s.wandb_project, name=Path(s.out_dir).name, config=record)
 
 
-def peak_memory(device):
-    """Bytes: of the GPU on CUDA, else of this process; None where the system does not tell."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def clock(seconds):
     """3725 -> 1:02:05"""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-class StopSignal:
-    """Remembers SIGINT or SIGTERM, so that the step under way can finish; a second one acts at once."""
-
-    def __enter__(self):
-        self.number = 0
-        self.previous = {n: signal.signal(n, self.receive) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def receive(self, number, frame):
-        self.number = number
-        signal.signal(number, self.previous[number])
-
-    def __exit__(self, *exception):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -606,31 +534,34 @@ def advice(s):
         yield
     except torch.OutOfMemoryError:
         raise UserError(
-            f"out of memory on {s.device}: halve batch_size (now {s.batch_size}) and double gradient_accumulation_steps "
-            f"(now {s.gradient_accumulation_steps}): the steps stay the same"
+            f"out of memory on {s.device}: halve batch_size (now {s.batch_size}) and double "
+            f"gradient_accumulation_steps (now {s.gradient_accumulation_steps}): the steps stay the same"
         ) from None
     except Exception as e:
         if s.compile and type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise UserError(f"torch.compile failed ({type(e).__name__}: {str(e).splitlines()[0]:.200}); --compile=false does without it") from e
+            reason = f"{type(e).__name__}: {str(e).splitlines()[0]:.200}"
+            raise UserError(f"torch.compile failed ({reason}); --compile=false does without it") from e
         raise
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
-        print(help_text())
+        print(__doc__, "settings:", list_settings(Settings, KINDS), sep="\n")
+        print("\nsettings of the model:", list_settings(GPTConfig, KINDS), sep="\n")
         return 0
     settings, model_args = read_command(argv)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    s = resolve(settings, local_rank=int(os.environ.get("LOCAL_RANK", 0)))
-    launcher = f"torchrun --standalone --nproc_per_node={processes}" if processes > 1 else "python"
-    if s.device.startswith("cuda"):
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    s = resolve(settings, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    on_cuda = s.device.startswith("cuda")
+    if on_cuda:
         torch.cuda.set_device(s.device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
     if processes > 1:
-        dist.init_process_group("nccl" if s.device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if on_cuda else "gloo")
+    launcher = ["torchrun", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else ["python"]
     try:
-        run = Run(s, model_args, shlex.join([*launcher.split(), "train.py", *argv]))
+        run = Run(s, model_args, shlex.join([*launcher, "train.py", *argv]))
         run.open()
         with StopSignal() as stop, advice(s):
             return run.loop(stop)
