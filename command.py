@@ -90,7 +90,7 @@ def convert(key, value, kinds, where):
         near = difflib.get_close_matches(key, kinds, n=1, cutoff=0)[0]
         raise UserError(f"{where}: unknown setting {key!r}; the nearest is {near!r} (--help lists all)", status=2)
     kind, text = base_type(kinds[key]), str(value).lower()
-    if kind is not kinds[key] and text in ("auto", "none"):
+    if kind is not kinds[key] and (value is None or text == "auto"):
         return None
     if kind is str and isinstance(value, str) and value:
         return value
@@ -111,7 +111,7 @@ def list_settings(cls, kinds):
     """The settings of a dataclass with their defaults and comments, as --help shows them."""
     lines = re.findall(r"^    (\w+): [^=\n]+ = (.+?)  # (.+)$", inspect.getsource(cls), re.M)
     return "\n".join(
-        f"  --{key}={default.replace('None', 'auto')}\n        {meaning}"
+        f"  --{key}={default.replace('None', 'auto')}\n        {meaning.replace('None:', 'auto:')}"
         for key, default, meaning in lines
         if key in kinds
     )

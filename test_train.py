@@ -111,11 +111,12 @@ def test_values_are_converted_to_their_types():
             "--min_lr=auto",
             "--dropout=0",
             "--n_layer=2",
+            "--query_activation=none",
         ]
     )
     assert (s.learning_rate, s.max_iters, s.compile, s.batch_size, s.eval_tokens) == (1.0, 1000, False, 3, 1_000_000)
     assert (s.wandb_log, s.resume, s.min_lr, s.out_dir) == (True, False, None, os.path.join("out", "c"))
-    assert model_args == {"dropout": 0.0, "n_layer": 2}
+    assert model_args == {"dropout": 0.0, "n_layer": 2, "query_activation": "none"}
     assert all(type(v) is t for v, t in ((s.learning_rate, float), (s.max_iters, int), (model_args["dropout"], float)))
 
 

@@ -1,8 +1,8 @@
 """Train a GPT: python train.py [config/FILE.py] [--key=value ...]
 
 Without a file it trains config/quickstart.py. Keys are the settings below and the model's own; flags
-override the file, and a bare --key sets a switch to true. The run is left in out/<name of the config
-file>, and --resume goes on with it.
+override the file, and a bare --key sets a switch to true. vocab_size is the data set's unless given.
+The run is left in out/<name of the config file>, and --resume goes on with it.
 On several GPUs: torchrun --standalone --nproc_per_node=8 train.py config/FILE.py
 """
 
@@ -253,12 +253,11 @@ def train_step(model, optimizer, scaler, data, s, step):
     micro_batches = offsets.reshape(-1, s.batch_size)[rank() :: world_size()]
     mean_loss = torch.zeros((), device=s.device)
     for number, micro_batch in enumerate(micro_batches, 1):
+        if world_size() > 1:  # processes exchange gradients once a step, after the last micro-batch
+            model.require_backward_grad_sync = number == len(micro_batches)
         x, y = data.batch("train", micro_batch, data.meta["train"]["tokens"], s.device)
         with autocast(s.device, s.dtype):
             loss = model(x, y)[1] / len(micro_batches)
-        last = number == len(micro_batches)
-        if world_size() > 1:
-            model.require_backward_grad_sync = last  # processes exchange gradients once a step
         scaler.scale(loss).backward()
         mean_loss += loss.detach()
     scaler.unscale_(optimizer)
