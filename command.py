@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import inspect
+import os
 import re
 import runpy
 import sys
@@ -38,6 +39,9 @@ def run_program(main):
         sys.exit(e.status)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader of a pipe, head or less, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -39,27 +39,25 @@ class GPTConfig:
     causal: bool = True  # False: every token sees every other one, as in an encoder
 
     def __post_init__(self):
+        def require(holds, message):
+            if not holds:
+                raise ValueError(message)
+
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "mlp_hidden", "query_rank"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} is not in [0, 1)")
-        if self.query_mode not in QUERIES:
-            raise ValueError(f"query_mode={self.query_mode!r} is not one of {', '.join(QUERIES)}")
-        if self.query_mode != "nonlinear":
-            for name in ("query_rank", "query_activation"):
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"{name}={getattr(self, name)!r} has no meaning with query_mode={self.query_mode!r}"
-                    )
-        else:
+            require(value is None or value >= 1, f"{name}={value} must be at least 1")
+        require(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
+        require(0 <= self.dropout < 1, f"dropout={self.dropout} is not in [0, 1)")
+        mode = self.query_mode
+        require(mode in QUERIES, f"query_mode={mode!r} is not one of {', '.join(QUERIES)}")
+        for name in ("query_rank", "query_activation"):
+            value = getattr(self, name)
+            require(mode == "nonlinear" or value is None, f"{name}={value!r} has no meaning with query_mode={mode!r}")
+        if mode == "nonlinear":
             self.query_rank = self.query_rank or max(1, self.n_embd // 2)
-            self.query_activation = self.query_activation or "gelu"
-            if self.query_activation not in ACTIVATIONS:
-                raise ValueError(f"query_activation={self.query_activation!r} is not one of {', '.join(ACTIVATIONS)}")
+            self.query_activation = activation = self.query_activation or "gelu"
+            known = ", ".join(ACTIVATIONS)
+            require(activation in ACTIVATIONS, f"query_activation={activation!r} is not one of {known}")
         self.mlp_hidden = self.mlp_hidden or 4 * self.n_embd
 
 
@@ -67,8 +65,8 @@ class GPTConfig:
 # The three queries. x (B, T, d) is the block's input after ln_1; all return q (B, T, d). Nothing else
 # in the model depends on the query mode, and the softmax scale is 1/sqrt(head size) in every mode.
 # A linear W_Q can be absorbed by its neighbours, which leaves the identity; so parameters spent on the
-# query can only pay where the query is not linear. The 1/2 keeps (x + f(x)) / 2 as large as x and f(x),
-# which are equally large at initialisation since both leave a LayerNorm.
+# query can only pay where the query is not linear. The nonlinear query is the mean of x and f(x), which
+# start equally large since each leaves a LayerNorm; the identity query is that mean with f = 0.
 
 
 class LinearQuery(nn.Module):
@@ -159,18 +157,15 @@ class Attention(nn.Module):
         B, T, d = x.shape
         q = self.query(x)  # (B, T, d)
         k, v = self.key_value(x).split(d, dim=2)  # (B, T, d) each
-        q, k, v = (
-            t.view(B, T, self.n_head, self.head_size).transpose(1, 2) for t in (q, k, v)
-        )  # (B, n_head, T, head_size)
+        heads = (B, T, self.n_head, self.head_size)
+        q, k, v = (t.view(heads).transpose(1, 2) for t in (q, k, v))  # (B, n_head, T, head_size)
         if self.qk_norm:
             q, k = (F.rms_norm(t, (self.head_size,), eps=1e-5) for t in (q, k))
         if cache is not None:
             k, v = cache.append(k, v)  # (B, n_head, length, head_size)
-        # A single new token may see all cached ones, which is what is_causal would forbid.
-        is_causal = self.causal and T > 1
-        y = F.scaled_dot_product_attention(
-            q, k, v, is_causal=is_causal, dropout_p=self.dropout if self.training else 0.0
-        )
+        is_causal = self.causal and T > 1  # one new token may see all cached ones, which is_causal would forbid
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal)  # scale 1/sqrt(head size)
         y = y.transpose(1, 2).reshape(B, T, d)  # heads side by side again
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -234,7 +229,7 @@ class GPT(nn.Module):
             # Each block writes to the residual stream twice: the sum over all blocks keeps its size.
             writes_residual = module_name.endswith("c_proj")
             std = 0.02 / math.sqrt(2 * self.config.n_layer) if writes_residual else 0.02
-            if not parameter.is_meta:
+            if not parameter.is_meta:  # which has a shape but no values
                 generator = torch.Generator().manual_seed(stream_seed(seed, name))
                 parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
         else:
@@ -249,7 +244,7 @@ class GPT(nn.Module):
         cache is empty, and only the last position's logits (B, 1, V) are computed.
         Raises ValueError past block_size tokens.
         """
-        B, T = idx.shape
+        T = idx.size(1)
         start = cache[0].length if cache else 0
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens do not fit in block_size={self.config.block_size}")
@@ -283,11 +278,9 @@ class GPT(nn.Module):
         if not self.config.causal:
             raise ValueError("a model with causal=False cannot generate: it was built to see the tokens to come")
         block_size, cache = self.config.block_size, None
-        new = idx
         for _ in range(max_new_tokens):
             if cache is None or cache[0].length == block_size:
-                if cache is not None:
-                    new = idx[:, -max(1, block_size // 2) :]
+                new = idx if cache is None else idx[:, -max(1, block_size // 2) :]
                 cache = [KVCache(block_size) for _ in self.blocks]
             logits, _ = self(new, cache=cache)
             new = sample(logits[:, -1], temperature, top_k, top_p, generator)

@@ -312,10 +312,11 @@ class Run:
         if s.resume and not exists:
             raise UserError(f"{self.folder} holds no run to resume")
         if exists:
-            changed = check_resume(self.folder.read_json("config.json"), record)
+            before = self.folder.read_json("config.json")
+            changed = check_resume(before, record)
             if self.folder.holds("ckpt.pt"):  # else it was stopped before the first one, and begins again
                 self.restore(self.folder.load("ckpt.pt"))
-            record["resumed"] = {"at_step": self.state["step"], "changed": changed}
+            record["resumed"] = [*before.get("resumed", []), {"at_step": self.state["step"], "changed": changed}]
         self.introduce(record["parameters"])
         if s.wandb_log and rank() == 0:
             self.wandb = start_wandb(s, record)

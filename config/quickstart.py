@@ -1,7 +1,12 @@
-# The first run: a small GPT with a nonlinear query learns to write Python from the standard library's source.
+# The first run: a small GPT with a nonlinear query learns to write Python from its own standard library.
 
-dataset = "stdlib"
+dataset = "stdlib"  # as bytes; prepared on first use
 n_layer, n_head, n_embd, block_size = 2, 4, 128, 128
 batch_size, gradient_accumulation_steps = 12, 1
-max_iters, eval_interval, warmup_iters, learning_rate = 60, 20, 5, 4e-3
-eval_tokens = 64000
+
+learning_rate, lr_schedule = 1e-2, "linear"  # small models like high rates
+warmup_iters, max_iters = 80, 1400
+beta2 = 0.99
+
+eval_interval, eval_tokens = 350, 100_000
+log_interval = 50
