@@ -450,7 +450,7 @@ def test_two_processes_give_the_losses_of_one(tiny_config):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *launch], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step 12/12  val loss") == 1
+    assert done.stdout.count("step 12/12 val loss") == 1
     for key in ("train_loss", "val_loss", "grad_norm"):
         assert metrics("out/two", key) == pytest.approx(metrics("out/tiny", key), rel=2e-5)
     assert json.loads(Path("out/two/config.json").read_text())["processes"] == 2
@@ -492,6 +492,23 @@ def test_bfloat16_stays_close_to_float32(tiny_config):
         assert a != b and a == pytest.approx(b, rel=0.02)
 
 
+def test_log_lines_fit_a_terminal(tiny_config, capsys):
+    assert [train.clock(seconds) for seconds in (5, 125, 3599.6, 45296)] == ["0:05", "2:05", "1h00m", "12h34m"]
+    assert [train.short(number) for number in (0.5, 61.44, 999.9, 23345, 421003, 1.25e6)] == [
+        "0.5",
+        "61.4",
+        "1k",
+        "23.3k",
+        "421k",
+        "1.25M",
+    ]
+    capsys.readouterr()
+    train.main([tiny_config, "--peak_tflops=0.0001", "--max_iters=60002", "--eval_only"])
+    train.main([tiny_config, "--peak_tflops=0.0001"])
+    lines = capsys.readouterr().out.splitlines()
+    assert any("mfu" in line for line in lines) and max(map(len, lines)) <= 80
+
+
 def test_out_of_memory_and_failed_compilation_say_what_to_change(tiny_config, monkeypatch):
     def raises(error):
         def train_step(*_):
@@ -513,7 +530,8 @@ def test_mfu_is_reported_against_a_known_or_given_peak(tiny_config):
     speed, mfu = metrics("out/tiny", "tokens_per_second"), metrics("out/tiny", "mfu")
     config = json.loads(Path("out/tiny/config.json").read_text())["model"]
     flops = GPT(GPTConfig(**config)).flops_per_token()
-    assert all(mfu[step] == pytest.approx(speed[step] * flops / 1e9, rel=1e-3) for step in speed)
+    assert speed.pop(1) is None  # the first step, which may compile, says nothing
+    assert all(mfu[step] == pytest.approx(speed[step] * flops / 1e9, rel=1e-9) for step in speed)
 
 
 @pytest.mark.parametrize("name, peak", [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("Tesla T4", None)])

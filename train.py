@@ -383,8 +383,8 @@ class Run:
         state["best_val_loss"] = min(val["val_loss"], state["best_val_loss"])
         self.log(**val)
         say(
-            f"step {state['step']}/{s.max_iters}  val loss {val['val_loss']:.4f}  perplexity {val['perplexity']:.2f}  "
-            f"bits/byte {val['bits_per_byte']:.3f}  {time.perf_counter() - began:.1f} s"
+            f"step {state['step']}/{s.max_iters} val loss {val['val_loss']:.4f} perplexity {val['perplexity']:.2f} "
+            f"bits/byte {val['bits_per_byte']:.3f} in {time.perf_counter() - began:.1f} s"
         )
         if state["step"] > 0:
             self.save("ckpt.pt")
@@ -392,22 +392,21 @@ class Run:
                 self.save("best.pt")
 
     def log_step(self, loss, norm):
-        s, step = self.s, self.state["step"]
+        s, state, step = self.s, self.state, self.state["step"]
         self.check_finite(self.health)
-        loss = sum_over_ranks(loss, s.device) / world_size()
-        seconds = time.perf_counter() - self.lap_start
+        loss, norm = sum_over_ranks(loss, s.device) / world_size(), norm.item()
+        seconds, rate = time.perf_counter() - self.lap_start, learning_rate(s, step - 1)
+        speed, mfu, tail = None, None, f"first step {seconds:.1f} s"
         if step > self.first + 1:
-            self.state["timed_steps"] += self.lap_steps
-            self.state["timed_seconds"] += seconds
-        speed = self.lap_steps * self.tokens_per_step / seconds
-        peak = s.peak_tflops and s.peak_tflops * 1e12 * world_size()
-        mfu = speed * self.model.flops_per_token() / peak if peak else None
-        rate, left = learning_rate(s, step - 1), (s.max_iters - step) * seconds / self.lap_steps
-        self.log(train_loss=loss, learning_rate=rate, grad_norm=norm.item(), tokens_per_second=speed, mfu=mfu)
-        say(
-            f"step {step}/{s.max_iters}  loss {loss:.4f}  lr {rate:.1e}  norm {norm.item():.2f}  "
-            f"{speed / 1000:.1f}k tok/s{f'  mfu {mfu:.0%}' if mfu else ''}  {clock(left)} left"
-        )
+            state["timed_steps"] += self.lap_steps
+            state["timed_seconds"] += seconds
+            speed = self.lap_steps * self.tokens_per_step / seconds
+            if s.peak_tflops:
+                mfu = speed * self.model.flops_per_token() / (s.peak_tflops * 1e12 * world_size())
+            left = clock((s.max_iters - step) * seconds / self.lap_steps)
+            tail = f"{short(speed)} tok/s {f'mfu {mfu:.0%} ' if mfu else ''}{left} left"
+        self.log(train_loss=loss, learning_rate=rate, grad_norm=norm, tokens_per_second=speed, mfu=mfu)
+        say(f"step {step}/{s.max_iters} loss {loss:.4f} lr {rate:.1e} norm {norm:.2f} {tail}")
 
     def check_finite(self, value):
         """Stop the run where the value, a number or tensor, is not finite on some rank; nothing is saved then."""
@@ -521,10 +520,15 @@ def start_wandb(s, record):
 
 
 def clock(seconds):
-    """3725 -> 1:02:05"""
+    """125 -> 2:05, 3725 -> 1h02m"""
     minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    return f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}:{seconds:02}"
+
+
+def short(number):
+    """Three digits: 61.4, 23.3k, 1.25M"""
+    power, unit = next((p, u) for p, u in ((6, "M"), (3, "k"), (0, "")) if p == 0 or number >= 0.9995 * 10**p)
+    return f"{number / 10**power:.3g}{unit}"
 
 
 @contextlib.contextmanager

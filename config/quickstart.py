@@ -5,8 +5,8 @@ n_layer, n_head, n_embd, block_size = 2, 4, 128, 128
 batch_size, gradient_accumulation_steps = 12, 1
 
 learning_rate, lr_schedule = 1e-2, "linear"  # small models like high rates
-warmup_iters, max_iters = 80, 1400
+warmup_iters, max_iters = 80, 1600
 beta2 = 0.99
 
-eval_interval, eval_tokens = 350, 100_000
+eval_interval, eval_tokens = 400, 100_000
 log_interval = 50
