@@ -7,8 +7,8 @@
     openwebtext       not in this version yet
 
 A .bin file is a plain array of token ids; meta.json tells their dtype, number and sha256, the tokenizer
-and the source. A data set appears complete or not at all. The
-tokenizers are here too, for the other programs.
+and the source. A data set appears complete or not at all. The tokenizers, which sampling needs too, are
+here as well.
 """
 
 import argparse
@@ -33,7 +33,7 @@ DATA_DIR = Path("data")
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 PIECE_BYTES = 1 << 22  # text is read and tokenized in pieces of about this size
-
+SAFE_CUT = re.compile(rb"[!-~]\n(?=[!-~])")  # see Document.pieces
 
 # ---------------------------------------------------------------------------------------------------
 # Tokenizers: bytes <-> token ids. `spec` is what meta.json and a checkpoint store of one; `eot` is the
@@ -140,8 +140,9 @@ class Document:
                 if not block:
                     raise UserError(f"{self.path} became shorter while it was read")
                 left -= len(block)
+                searched = max(0, len(rest) - 2)
                 rest += block
-                cuts = [m.end() for m in re.finditer(rb"[!-~]\n(?=[!-~])", rest)]
+                cuts = [m.end() for m in SAFE_CUT.finditer(rest, searched)]
                 if cuts and left:
                     yield rest[: cuts[-1]]
                     rest = rest[cuts[-1] :]
