@@ -31,17 +31,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_program(main):
-    """Call main() and exit with what it returns; a UserError becomes one line and its exit status."""
+    """Call main() and exit with what it returns; a mistake of the user or a failing disk becomes one line."""
     try:
         sys.exit(main())
-    except UserError as e:
-        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
-        sys.exit(e.status)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of a pipe, head or less, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except (UserError, OSError) as e:
+        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
+        sys.exit(getattr(e, "status", 1))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -81,8 +81,8 @@ def read_config(path):
         raise UserError(f"there is no config file {path}", status=2)
     try:
         values = runpy.run_path(str(path))
-    except Exception as e:
-        raise UserError(f"{path}: {type(e).__name__}: {e}", status=2) from None
+    except (Exception, SystemExit) as e:
+        raise UserError(f"{path}: {type(e).__name__}: {' '.join(str(e).split())}", status=2) from None
     return {
         k: v for k, v in values.items() if not (k.startswith("_") or callable(v) or isinstance(v, types.ModuleType))
     }

@@ -43,9 +43,9 @@ def autocast(device, dtype):
 
 def peak_tflops(device):
     """Dense bf16 TFLOP/s with fp32 accumulation, as the maker states them; None where unknown."""
-    peaks = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "RTX 4090": 165, "RTX 5090": 209}
+    peaks = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "RTX 4090": 165, "RTX 5090": 209}
     name = device_name(device) if device.startswith("cuda") else ""
-    return next((float(peak) for part, peak in peaks.items() if part in name), None)
+    return next((float(peak) for part, peak in peaks.items() if part in name and "Laptop" not in name), None)
 
 
 def device_name(device):
@@ -103,7 +103,7 @@ def say(text):
 
 
 class StopSignal:
-    """Remembers SIGINT or SIGTERM, so that the step under way can finish; a second one acts at once."""
+    """Remembers SIGINT or SIGTERM, so that the step under way can finish; a second Ctrl-C acts at once."""
 
     def __enter__(self):
         self.number = 0
@@ -112,7 +112,8 @@ class StopSignal:
 
     def receive(self, number, frame):
         self.number = number
-        signal.signal(number, self.previous[number])
+        if number == signal.SIGINT:  # torchrun follows it with a SIGTERM, which must not cut the saving short
+            signal.signal(number, self.previous[number])
 
     def __exit__(self, *exception):
         for number, handler in self.previous.items():

@@ -231,7 +231,8 @@ class GPT(nn.Module):
             std = 0.02 / math.sqrt(2 * self.config.n_layer) if writes_residual else 0.02
             if not parameter.is_meta:  # which has a shape but no values
                 generator = torch.Generator().manual_seed(stream_seed(seed, name))
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+                values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+                parameter.copy_(values.normal_(0.0, std, generator=generator))
         else:
             raise NotImplementedError(f"no rule initialises {name} (of {type(module).__name__}); add one to GPT._init")
 
@@ -273,7 +274,7 @@ class GPT(nn.Module):
         whose probabilities reach p. Call eval() first where dropout is on. Cached keys and values
         give exactly what a full forward pass would, up to block_size tokens. Past it every position
         would shift and no cached key stay valid: the context is then cut to its last half and read
-        afresh, so between block_size/2 and block_size tokens are seen at any time.
+        afresh, so from then on between block_size/2 and block_size tokens are seen.
         """
         if not self.config.causal:
             raise ValueError("a model with causal=False cannot generate: it was built to see the tokens to come")
@@ -308,14 +309,15 @@ class GPT(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Randomness.
+# Drawing tokens, and the random streams.
 
 
 def sample(logits, temperature, top_k, top_p, generator):
     """Draw one token from each row: logits (B, V) -> (B, 1)."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no temperature overflows
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)

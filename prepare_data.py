@@ -37,15 +37,19 @@ SAFE_CUT = re.compile(rb"[!-~]\n(?=[!-~])")  # see Document.pieces
 
 # ---------------------------------------------------------------------------------------------------
 # Tokenizers: bytes <-> token ids. `spec` is what meta.json and a checkpoint store of one; `eot` is the
-# id that ends a document (None: there is none).
+# id that ends a document (None: the data set is a single document, so no id was trained to end one).
 
 EOT_TEXT = b"<|endoftext|>"
 
 
 class ByteTokenizer:
-    """Each byte is its own id; 256 ends a document. Takes any file, text or not."""
+    """Each byte is its own id, and 256 ends a document. Takes any file, text or not."""
 
-    spec, vocab_size, eot = {"kind": "byte"}, 257, 256
+    vocab_size = 257
+
+    def __init__(self, has_eot):
+        self.eot = 256 if has_eot else None
+        self.spec = {"kind": "byte", "has_eot": has_eot}
 
     def encode(self, data):
         return np.frombuffer(data, np.uint8)
@@ -57,7 +61,7 @@ class ByteTokenizer:
 class CharTokenizer:
     """One id for each Unicode character of `chars`, and one more that ends a document if has_eot."""
 
-    def __init__(self, chars, has_eot=False):
+    def __init__(self, chars, has_eot):
         self.chars, self.codes = chars, np.array([ord(c) for c in chars], np.uint32)  # sorted
         self.eot = len(chars) if has_eot else None
         self.vocab_size = len(chars) + has_eot
@@ -80,11 +84,13 @@ class CharTokenizer:
 class GPT2Tokenizer:
     """GPT-2's byte-pair encoding, from tiktoken, which fetches its vocabulary once and keeps it."""
 
-    spec, vocab_size, eot = {"kind": "gpt2"}, 50257, 50256
+    vocab_size = 50257
 
-    def __init__(self):
+    def __init__(self, has_eot):
         import tiktoken
 
+        self.eot = 50256 if has_eot else None
+        self.spec = {"kind": "gpt2", "has_eot": has_eot}
         try:
             self.bpe = tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as e:  # requests' exceptions are OSErrors
@@ -130,11 +136,11 @@ class Document:
         """Yield the document in pieces of about PIECE_BYTES that tokenize as the whole would.
 
         They end after a newline between two visible ASCII characters: neither UTF-8 nor GPT-2's
-        splitting pattern joins anything across that.
+        splitting pattern joins anything across that. A file without such a place is one piece.
         """
         with open(self.path, "rb") as f:
             f.seek(self.start)
-            left, rest = self.stop - self.start, b""
+            left, rest = self.stop - self.start, bytearray()
             while left:
                 block = f.read(min(PIECE_BYTES, left))
                 if not block:
@@ -144,9 +150,9 @@ class Document:
                 rest += block
                 cuts = [m.end() for m in SAFE_CUT.finditer(rest, searched)]
                 if cuts and left:
-                    yield rest[: cuts[-1]]
-                    rest = rest[cuts[-1] :]
-            yield rest
+                    yield bytes(rest[: cuts[-1]])
+                    del rest[: cuts[-1]]
+            yield bytes(rest)
 
 
 def find_documents(folder, pattern="*", skip=()):
@@ -202,7 +208,7 @@ def write_dataset(name, documents, tokenizer_kind, source):
         tokenizer = make_tokenizer(tokenizer_kind, documents)
         dtype = next(t for t in ("uint8", "uint16", "uint32") if tokenizer.vocab_size - 1 <= np.iinfo(t).max)
         meta = {"source": source, "tokenizer": tokenizer.spec, "vocab_size": tokenizer.vocab_size, "dtype": dtype}
-        end = [] if len(documents) == 1 else [np.array([tokenizer.eot])]
+        end = [] if tokenizer.eot is None else [np.array([tokenizer.eot])]
         for part, part_documents in split(documents).items():
             meta[part] = write_split(temporary / f"{part}.bin", part_documents, tokenizer, dtype, end)
             if meta[part]["tokens"] < 2:
@@ -216,13 +222,14 @@ def write_dataset(name, documents, tokenizer_kind, source):
 
 
 def make_tokenizer(kind, documents):
+    has_eot = len(documents) > 1
     if kind != "char":
-        return load_tokenizer({"kind": kind})
+        return load_tokenizer({"kind": kind, "has_eot": has_eot})
     codes = set()
     for doc in documents:
         for piece_codes in encode(doc, code_points):
             codes.update(np.unique(piece_codes).tolist())
-    return CharTokenizer("".join(map(chr, sorted(codes))), has_eot=len(documents) > 1)
+    return CharTokenizer("".join(map(chr, sorted(codes))), has_eot)
 
 
 def write_split(path, documents, tokenizer, dtype, end):
@@ -310,6 +317,8 @@ def text(name, inputs, tokenizer_kind):
         if not found:
             raise UserError(f"--input {path} is empty")
         documents += found
+    if len({doc.path.resolve() for doc in documents}) < len(documents):
+        raise UserError("--input names a file twice, which could put it in both splits")
     write_dataset(name, documents, tokenizer_kind, ", ".join(map(str, inputs)))
 
 
@@ -327,20 +336,24 @@ def read_options(argv):
     parser.add_argument(
         "--input", nargs="+", help="text: files or folders; shakespeare: a copy, where there is no network"
     )
-    parser.add_argument("--tokenizer", choices=["gpt2", "char", "byte"], default="gpt2", help="text: default gpt2")
+    parser.add_argument("--tokenizer", choices=["gpt2", "char", "byte"], help="text: default gpt2")
     options = parser.parse_args(argv)
     if options.dataset == "text":
         if not options.name or not options.input:
             parser.error("text needs --name NAME and --input FILE_OR_FOLDER ...")
         if not re.fullmatch(r"\w[\w.-]*", options.name):
             parser.error(f"--name {options.name!r} is not a plain folder name")
+    elif options.name or options.tokenizer:
+        parser.error(f"--name and --tokenizer are for text of your own, not for {options.dataset}")
+    elif options.input and (len(options.input) > 1 or not options.dataset.startswith("shakespeare")):
+        parser.error(f"--input {' '.join(options.input)} does not fit {options.dataset}")
     return options
 
 
 def main(argv=None):
     options = read_options(argv)
     if options.dataset == "text":
-        text(options.name, options.input, options.tokenizer)
+        text(options.name, options.input, options.tokenizer or "gpt2")
     elif options.dataset == "openwebtext":
         raise UserError("openwebtext cannot be prepared by this version yet")
     elif options.dataset == "stdlib":

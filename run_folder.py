@@ -11,6 +11,7 @@ Nothing that is read from it is executed.
 """
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -56,6 +57,8 @@ class RunFolder:
         self.replace("metrics.jsonl", lambda path: path.write_text("".join(kept), encoding="utf-8"))
 
     def log(self, values):
+        """Append a line to metrics.jsonl; what JSON cannot hold (an infinite gradient norm) becomes null."""
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(values) + "\n")
 

@@ -14,10 +14,10 @@ from run_folder import RunFolder
 
 
 def encode_prompt(prompt, tokenizer, block_size):
-    """The --prompt option -> token ids (1, T), 1 <= T <= block_size. None begins a new document."""
+    """The --prompt option -> token ids (1, T), 1 <= T <= block_size. None begins a new document, or a new line."""
     if prompt is None and tokenizer.eot is not None:
         return torch.tensor([[tokenizer.eot]])
-    data = b"\n" if prompt is None else prompt.encode()
+    data = b"\n" if prompt is None else prompt.encode(errors="surrogateescape")  # the bytes that were typed
     if prompt and prompt.startswith("FILE:"):
         try:
             data = Path(prompt.removeprefix("FILE:")).read_bytes()
@@ -51,6 +51,7 @@ def read_options(argv):
     ranges = {
         "num_samples": options.num_samples >= 1,
         "max_new_tokens": options.max_new_tokens >= 1,
+        "seed": 0 <= options.seed < 2**63,
         "temperature": options.temperature >= 0,
         "top_k": options.top_k is None or options.top_k >= 1,
         "top_p": options.top_p is None or 0 < options.top_p <= 1,

@@ -13,7 +13,7 @@ import pytest
 import prepare_data
 from command import UserError
 from conftest import SHARED, run
-from prepare_data import ByteTokenizer, CharTokenizer, Document, load_tokenizer, split
+from prepare_data import ByteTokenizer, CharTokenizer, Document, GPT2Tokenizer, load_tokenizer, split
 
 
 def prepare(*arguments):
@@ -118,6 +118,7 @@ def test_any_file_as_bytes_cut_after_nine_tenths():
     (train, _), (val, _) = read("blob", "train"), read("blob", "val")
     assert bytes(train + val) == data  # a single document needs no separator
     assert 9000 <= len(train) <= 9004
+    assert load_tokenizer(json.loads(Path("data/blob/meta.json").read_text())["tokenizer"]).eot is None
 
 
 def test_a_cut_never_falls_inside_a_character():
@@ -157,7 +158,11 @@ def test_dtype_follows_the_vocabulary():
 
 def test_tokenizers_give_back_what_they_took(gpt2_vocabulary):
     text = "Ein Zwölfkampf: 日本 😀\r\n\tdone"
-    for tokenizer in (ByteTokenizer(), CharTokenizer("".join(sorted(set(text)))), load_tokenizer({"kind": "gpt2"})):
+    for tokenizer in (
+        ByteTokenizer(True),
+        CharTokenizer("".join(sorted(set(text))), False),
+        GPT2Tokenizer(True),
+    ):
         again = load_tokenizer(json.loads(json.dumps(tokenizer.spec)))
         ids = tokenizer.encode(text.encode()).tolist()
         assert again.encode(text.encode()).tolist() == ids
@@ -166,13 +171,13 @@ def test_tokenizers_give_back_what_they_took(gpt2_vocabulary):
 
 
 def test_the_end_of_a_document_is_shown_and_padded_ids_do_no_harm(gpt2_vocabulary):
-    for tokenizer in (ByteTokenizer(), CharTokenizer("ab", has_eot=True), load_tokenizer({"kind": "gpt2"})):
+    for tokenizer in (ByteTokenizer(True), CharTokenizer("ab", True), GPT2Tokenizer(True)):
         assert tokenizer.decode([tokenizer.eot]) == b"<|endoftext|>"
         assert tokenizer.decode([tokenizer.vocab_size + 40])
 
 
 def test_the_gpt2_vocabulary_is_gpt2s(gpt2_vocabulary):
-    assert load_tokenizer({"kind": "gpt2"}).encode(b"hello world").tolist() == [31373, 995]
+    assert GPT2Tokenizer(False).encode(b"hello world").tolist() == [31373, 995]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -198,6 +203,10 @@ def test_mistakes_are_told_and_leave_nothing_behind(monkeypatch):
         (["text", "--name=x", "--input", "one", "--tokenizer=bpe"], "bpe"),
         (["shakespeare_char", "--input", "one"], "not tiny Shakespeare"),
         (["shakespeare_char", "--input", "nowhere"], "nowhere"),
+        (["shakespeare", "--tokenizer=char"], "--tokenizer"),
+        (["shakespeare", "--input", "one", "empty"], "one empty"),
+        (["stdlib", "--input", "one"], "stdlib"),
+        (["text", "--name=x", "--input", "latin", "./latin", "--tokenizer=byte"], "twice"),
         (["openwebtext"], "openwebtext"),
         (["wikipedia"], "wikipedia"),
     ]

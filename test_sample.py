@@ -9,7 +9,7 @@ import sample
 import train
 from command import UserError
 from conftest import run
-from prepare_data import load_tokenizer
+from prepare_data import ByteTokenizer, CharTokenizer, load_tokenizer
 from run_folder import RunFolder
 
 
@@ -43,10 +43,14 @@ def test_it_prints_what_the_model_generates(a_run, capsys):
 
 
 def test_the_best_model_is_used_or_the_last(a_run):
-    best, _ = RunFolder(a_run).load_model("cpu")
+    folder = RunFolder(a_run)
+    checkpoint = folder.load("best.pt")
+    checkpoint["model"]["ln_f.weight"].fill_(7)
+    folder.save("best.pt", checkpoint)
+    best, _ = folder.load_model("cpu")
+    assert not best.training and (best.ln_f.weight == 7).all()
     Path(a_run, "best.pt").unlink()
-    last, _ = RunFolder(a_run).load_model("cpu")
-    assert not best.training and best.state_dict().keys() == last.state_dict().keys()
+    assert (folder.load_model("cpu")[0].ln_f.weight != 7).all()
 
 
 def test_bytes_that_make_up_a_character_are_printed_together(tiny_data, capsys):
@@ -73,6 +77,8 @@ def test_bytes_that_make_up_a_character_are_printed_together(tiny_data, capsys):
         (["--prompt=" + "1" * 17], ["17 tokens", "16"]),
         (["--prompt=FILE:nowhere"], ["nowhere", "No such file"]),
         (["--prompt=FILE:blob"], ["blob", "UTF-8"]),
+        (["--seed=99999999999999999999"], ["--seed=99999999999999999999"]),
+        (["--prompt=\udcff"], ["UTF-8"]),
         (["--temperature=-1"], ["--temperature=-1.0"]),
         (["--top_p=1.5"], ["--top_p=1.5"]),
         (["--top_k=0"], ["--top_k=0"]),
@@ -87,6 +93,18 @@ def test_mistakes_are_told_in_one_line(a_run, arguments, words):
     with pytest.raises(UserError) as e:
         sample.main([a_run, *arguments])
     assert all(word in str(e.value) for word in words) and "\n" not in str(e.value)
+
+
+def test_without_a_prompt_it_begins_as_documents_do():
+    for tokenizer, expected in (
+        (ByteTokenizer(True), [[256]]),
+        (ByteTokenizer(False), [[10]]),  # one document: the separator was never trained
+        (CharTokenizer("\nab", False), [[0]]),
+    ):
+        assert sample.encode_prompt(None, tokenizer, 16).tolist() == expected
+    assert sample.encode_prompt("\udcff", ByteTokenizer(False), 16).tolist() == [[255]]  # bytes as they were typed
+    with pytest.raises(UserError, match=r"'\\n'.*not among"):
+        sample.encode_prompt(None, CharTokenizer("ab", False), 16)
 
 
 def test_a_missing_or_damaged_run_is_told(a_run):

@@ -1,5 +1,6 @@
 """train.py: settings, data order, schedule, evaluation, exact resume, and what it refuses."""
 
+import dataclasses
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from conftest import ROOT, run
 from model import GPT, GPTConfig
 from train import Data, Settings, learning_rate
 
-CONFIGS = sorted((ROOT / "config").glob("*.py"))
+CONFIGS = sorted((ROOT / "config").glob("[!_]*.py"))
 
 
 def metrics(folder, key):
@@ -91,8 +92,8 @@ def test_the_papers_arms_follow_its_recipe(arm):
     s = train.resolve(settings)
     with torch.device("meta"):
         model = GPT(GPTConfig(**model_args))
-    if model_args.get("tie_weights", True):
-        assert model.parameter_report()["total"] == ARMS[arm][0]
+    untied = 0 if model.config.tie_weights else 50304 * 768
+    assert model.parameter_report()["total"] == ARMS[arm][0] + untied
     assert (s.learning_rate, pytest.approx(s.min_lr), s.weight_decay) == ARMS[arm][1:]
     assert s.batch_size * s.gradient_accumulation_steps * model.config.block_size == 491_520
     assert (s.max_iters, s.warmup_iters, s.lr_decay_iters, s.beta1, s.beta2) == (60_002, 2000, 60_002, 0.9, 0.95)
@@ -136,6 +137,8 @@ def test_values_are_converted_to_their_types():
         ("", ["--batch_size"], ["--batch_size=VALUE"]),
         ("", ["--batch_size", "4"], ["--batch_size=VALUE"]),
         ("", ["d.py"], ["one config file", "c.py d.py"]),
+        ("raise SystemExit(3)", [], ["c.py", "SystemExit"]),
+        ("raise ValueError('two\\nlines')", [], ["c.py", "two lines"]),
         ("", ["--batch_size=0"], ["batch_size=0", "at least 1"]),
         ("", ["--beta2=1"], ["beta2=1.0", "[0, 1)"]),
         ("", ["--lr_schedule=step"], ["lr_schedule=step", "cosine or linear"]),
@@ -182,6 +185,8 @@ def test_auto_settings_are_resolved_after_every_override():
     assert (s.lr_decay_iters, s.min_lr, s.compile) == (70, 0.05, False)
     assert train.resolve(Settings(device="cpu", lr_schedule="linear"), 0).min_lr == 0
     assert train.resolve(Settings(device="cpu", compile=True, dtype="bfloat16"), 0).dtype == "bfloat16"
+    with pytest.raises(UserError, match="min_lr=1 is above learning_rate=0.1"):
+        train.resolve(Settings(device="cpu", min_lr=1.0, learning_rate=0.1))
     with pytest.raises(UserError, match="float16"):
         train.resolve(Settings(device="cpu", dtype="float16"), 0)
     for device in ("cuda:99", "tpu"):
@@ -263,13 +268,21 @@ def test_validation_is_the_mean_over_tokens_whatever_the_batch_size(tiny_data, e
 def test_damaged_or_short_data_are_refused(tiny_data):
     with pytest.raises(UserError, match="block_size"):
         Data("tiny", 100_000)
-    with open("data/tiny/val.bin", "r+b") as f:
-        f.truncate(50)
+    meta, val = Path("data/tiny/meta.json"), Path("data/tiny/val.bin")
+    text, content = meta.read_text(), val.read_bytes()
+    val.write_bytes(content[:50])
     with pytest.raises(UserError, match=r"val.bin holds 50 tokens, but meta.json says"):
         Data("tiny", 16)
-    Path("data/tiny/meta.json").write_text("{")
-    with pytest.raises(UserError, match=r"meta.json"):
-        Data("tiny", 16)
+    val.write_bytes(content)
+    for damaged in ("{", "{}", "[]", text.replace('"uint8"', '"uint64"')):
+        meta.write_text(damaged)
+        with pytest.raises(UserError, match="data/tiny"):
+            Data("tiny", 16)
+    meta.write_text(text)
+    for damage in (lambda: val.write_bytes(b""), val.unlink):
+        damage()
+        with pytest.raises(UserError, match="data/tiny is damaged"):
+            Data("tiny", 16)
 
 
 def test_a_missing_data_set_is_refused_with_the_command_that_prepares_it():
@@ -285,6 +298,50 @@ def test_weight_decay_is_for_matrices_alone():
     decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert all(decay.pop(p) == (0.3 if p.dim() >= 2 else 0) for p in model.parameters())
     assert not decay and {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.7)}
+
+
+def test_a_step_is_adamw_on_clipped_accumulated_gradients_at_the_scheduled_rate(tiny_data):
+    s = Settings(
+        device="cpu", dtype="float32", batch_size=2, gradient_accumulation_steps=2, learning_rate=0.02, min_lr=0.0
+    )
+    s = dataclasses.replace(s, warmup_iters=2, lr_decay_iters=4, weight_decay=0.3, beta1=0.8, beta2=0.9, grad_clip=0.1)
+    data, config = Data("tiny", 16), GPTConfig(16, 20, 2, 2, 16)
+    ours, ref = GPT(config).double(), GPT(config).double()
+    optimizer, scaler = train.make_optimizer(ours, s), torch.amp.GradScaler(enabled=False)
+    moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in ref.parameters()}
+    for t, rate in enumerate((0.02 / 3, 0.04 / 3, 0.02, 0.01)):
+        found_loss, found_norm = train.train_step(ours, optimizer, scaler, data, s, t)
+        x, y = data.batch("train", data.step_offsets(s.seed, t, 4), data.meta["train"]["tokens"], "cpu")
+        loss = ref(x, y)[1]
+        grads = torch.autograd.grad(loss, list(ref.parameters()))
+        norm = math.sqrt(sum(g.pow(2).sum().item() for g in grads))
+        assert norm > s.grad_clip  # or the test would not see the clipping
+        assert (found_loss.item(), found_norm.item()) == (pytest.approx(loss.item()), pytest.approx(norm))
+        with torch.no_grad():
+            for p, g in zip(ref.parameters(), grads):
+                m, v = moments[p]
+                g = g * s.grad_clip / norm
+                m.mul_(s.beta1).add_(g * (1 - s.beta1))
+                v.mul_(s.beta2).add_(g * g * (1 - s.beta2))
+                step = m / (1 - s.beta1 ** (t + 1)) / ((v / (1 - s.beta2 ** (t + 1))).sqrt() + 1e-8)
+                p.sub_(rate * (step + (s.weight_decay * p if p.dim() >= 2 else 0)))
+    for p, q in zip(ours.parameters(), ref.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_differs_between_steps_and_ranks(tiny_data, monkeypatch):
+    s = Settings(device="cpu", dtype="float32", batch_size=2, gradient_accumulation_steps=1)
+    s, data, losses = dataclasses.replace(s, lr_decay_iters=1, min_lr=0.0), Data("tiny", 16), {}
+    for rank, step in ((0, 0), (0, 0), (0, 1), (1, 0)):
+        model = GPT(GPTConfig(16, 20, 2, 2, 16, dropout=0.5))
+        monkeypatch.setattr(train, "rank", lambda rank=rank: rank)
+        # every rank and step is given the same two sequences, so that only dropout can differ
+        monkeypatch.setattr(Data, "step_offsets", lambda *_, n=rank + 1: np.array([3, 7] * n))
+        optimizer, scaler = train.make_optimizer(model, s), torch.amp.GradScaler(enabled=False)
+        loss, _ = train.train_step(model, optimizer, scaler, data, s, step)
+        losses.setdefault((rank, step), []).append(loss.item())
+    assert losses[0, 0][0] == losses[0, 0][1]
+    assert len({loss for values in losses.values() for loss in values}) == 3
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -377,6 +434,9 @@ def test_a_folder_that_holds_a_run_is_refused_and_untouched(tiny_config, whole_r
     before = {p.name: p.read_bytes() for p in Path(whole_run).iterdir()}
     with pytest.raises(UserError, match="--resume"):
         train.main([tiny_config])
+    for flag in ("--max_iters=20", "--eval_tokens=50"):  # the schedule's end follows max_iters unless it is given
+        with pytest.raises(UserError, match=r"(lr_decay_iters|eval_tokens) was .* now is "):
+            train.main([tiny_config, "--resume", flag])
     refused = {
         "--learning_rate=0.5": "learning_rate",
         "--n_layer=1": "n_layer",
@@ -476,20 +536,51 @@ def test_a_checkpoint_that_is_not_one_executes_nothing(tiny_config, whole_run):
     assert not Path("executed").exists()
 
 
-def test_bfloat16_stays_close_to_float32(tiny_config):
-    for query_mode in ("linear", "identity", "nonlinear"):
-        for dtype in ("float32", "bfloat16"):
-            train.main(
-                [
-                    tiny_config,
-                    f"--query_mode={query_mode}",
-                    f"--dtype={dtype}",
-                    f"--out_dir=out/{query_mode}{dtype}",
-                    "--qk_norm",
-                ]
-            )
-        a, b = (metrics(f"out/{query_mode}{dtype}", "val_loss") for dtype in ("float32", "bfloat16"))
-        assert a != b and a == pytest.approx(b, rel=0.02)
+@pytest.mark.parametrize("query_mode", ["linear", "identity", "nonlinear"])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_bfloat16_stays_close_to_float32(query_mode, qk_norm):
+    model = GPT(GPTConfig(16, 20, 2, 2, 32, query_mode=query_mode, qk_norm=qk_norm))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1 if p.dim() < 2 else 8)  # large enough that the attention weights are far from uniform
+    idx = torch.randint(20, (4, 16), generator=torch.Generator().manual_seed(0))
+    exact, _ = model(idx)
+    with machine.autocast("cpu", "bfloat16"):
+        rounded, _ = model(idx)
+    assert rounded.dtype == torch.bfloat16
+    error = (rounded.float() - exact).pow(2).mean().sqrt() / exact.std()
+    assert 0 < error < 0.05
+    for block in model.blocks:  # a query that went missing would show
+        block.attn.query.forward = torch.zeros_like
+    without, _ = model(idx)
+    assert (without - exact).pow(2).mean().sqrt() / exact.std() > 3 * error
+
+
+def test_a_run_may_change_its_number_format(tiny_config, whole_run):
+    train.main([tiny_config, "--resume", "--dtype=bfloat16", "--max_iters=14", "--lr_decay_iters=12"])
+    record = json.loads(Path(whole_run, "config.json").read_text())
+    assert record["command"] == "python train.py tiny.py" and record["settings"]["dtype"] == "float32"
+    (sitting,) = record["resumed"]
+    assert sitting["at_step"] == 12 and sitting["changed"] == {"dtype": "bfloat16", "max_iters": 14}
+    assert sitting["command"].endswith("--resume --dtype=bfloat16 --max_iters=14 --lr_decay_iters=12")
+
+
+def test_a_run_in_float16_goes_on_from_one_that_was_not(tiny_config, whole_run):
+    settings, model_args = train.read_command([tiny_config, "--resume"])
+    r = train.Run(train.resolve(settings), model_args, "")
+    r.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    r.restore(checkpoint(whole_run))
+    assert r.state["step"] == 12 and r.scaler.get_scale() == torch.amp.GradScaler("cpu").get_scale()
+
+
+def test_a_second_ctrl_c_acts_at_once_but_not_torchruns_sigterm():
+    with machine.StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.number == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.pthread_sigmask(signal.SIG_BLOCK, [])  # give the interpreter a chance to see it
 
 
 def test_log_lines_fit_a_terminal(tiny_config, capsys):
@@ -519,6 +610,9 @@ def test_out_of_memory_and_failed_compilation_say_what_to_change(tiny_config, mo
     raises(torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(UserError, match=r"batch_size \(now 2\).*gradient_accumulation_steps \(now 2\)"):
         train.main([tiny_config])
+    raises(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+    with pytest.raises(UserError, match="out of memory"):
+        train.main([tiny_config, "--out_dir=out/c"])
     raises(torch._dynamo.exc.InternalTorchDynamoError("no C++ compiler"))
     monkeypatch.setattr(GPT, "compile", lambda self: None)
     with pytest.raises(UserError, match="--compile=false"):

@@ -90,9 +90,8 @@ class Settings:
 # What may differ when a run is resumed: nothing here changes what a step computes, but for rounding.
 # The two factors of a step's size may change where their product does not.
 MAY_CHANGE = {
-    *("out_dir", "resume", "eval_only", "max_iters", "lr_decay_iters", "batch_size", "gradient_accumulation_steps"),
-    *("eval_interval", "eval_tokens", "log_interval", "wandb_log", "wandb_project"),
-    *("device", "dtype", "compile", "peak_tflops"),
+    *("out_dir", "resume", "eval_only", "max_iters", "batch_size", "gradient_accumulation_steps"),
+    *("eval_interval", "log_interval", "wandb_log", "wandb_project", "device", "dtype", "compile", "peak_tflops"),
 }
 
 KINDS = {**typing.get_type_hints(Settings), **typing.get_type_hints(GPTConfig)}
@@ -116,14 +115,20 @@ def resolve(s, local_rank=0):
     device = machine.pick_device(s.device, local_rank)
     if s.dtype == "float16" and not device.startswith("cuda"):
         raise UserError(f"dtype=float16 needs a CUDA device, not {device}; use bfloat16 or float32", status=2)
+    dtype = s.dtype or machine.best_dtype(device)
+    min_lr = s.min_lr
+    if min_lr is None:
+        min_lr = s.learning_rate / 10 if s.lr_schedule == "cosine" else 0.0
+    if min_lr > s.learning_rate:
+        raise UserError(f"min_lr={min_lr:g} is above learning_rate={s.learning_rate:g}; lower it too", status=2)
     return dataclasses.replace(
         s,
         device=device,
-        dtype=s.dtype or machine.best_dtype(device),
+        dtype=dtype,
         compile=device.startswith("cuda") if s.compile is None else s.compile,
-        peak_tflops=s.peak_tflops or machine.peak_tflops(device),
+        peak_tflops=s.peak_tflops or (machine.peak_tflops(device) if dtype != "float32" else None),
         lr_decay_iters=s.lr_decay_iters or s.max_iters,
-        min_lr={"cosine": s.learning_rate / 10, "linear": 0.0}[s.lr_schedule] if s.min_lr is None else s.min_lr,
+        min_lr=min_lr,
     )
 
 
@@ -138,10 +143,11 @@ class Data:
         self.folder, self.block_size = prepare_data.DATA_DIR / name, block_size
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
-            raise UserError(f"cannot read {self.folder / 'meta.json'} ({e}); prepare the data set anew") from None
-        for split in ("train", "val"):
-            path, found, tokens = self.folder / f"{split}.bin", len(self.tokens(split)), self.meta[split]["tokens"]
+            sizes = {split: (len(self.tokens(split)), self.meta[split]["tokens"]) for split in ("train", "val")}
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{self.folder} is damaged ({type(e).__name__}: {e}); delete and prepare it anew") from None
+        for split, (found, tokens) in sizes.items():
+            path = self.folder / f"{split}.bin"
             if found != tokens:
                 raise UserError(f"{path} holds {found} tokens, but meta.json says {tokens}; prepare it anew")
             if tokens <= block_size:
@@ -312,13 +318,15 @@ class Run:
         if s.resume and not exists:
             raise UserError(f"{self.folder} holds no run to resume")
         if exists:
-            before = self.folder.read_json("config.json")
-            changed = check_resume(before, record)
+            first = self.folder.read_json("config.json")
+            changed = check_resume(first, record)
             if self.folder.holds("ckpt.pt"):  # else it was stopped before the first one, and begins again
                 self.restore(self.folder.load("ckpt.pt"))
-            record["resumed"] = [*before.get("resumed", []), {"at_step": self.state["step"], "changed": changed}]
+            sitting = {key: record[key] for key in ("command", "device", "processes", "versions", "commit")}
+            sitting |= {"at_step": self.state["step"], "changed": changed}
+            record = {**first, "resumed": [*first.get("resumed", []), sitting]}
         self.introduce(record["parameters"])
-        if s.wandb_log and rank() == 0:
+        if s.wandb_log and self.writes:
             self.wandb = start_wandb(s, record)
         barrier()  # every rank has seen the folder as it was
         if self.writes:
@@ -327,7 +335,8 @@ class Run:
     def restore(self, checkpoint):
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.scaler.load_state_dict(checkpoint["scaler"])
+        if self.scaler.is_enabled() and checkpoint["scaler"]:  # both sittings in float16
+            self.scaler.load_state_dict(checkpoint["scaler"])
         self.state = checkpoint["state"]
 
     def introduce(self, parameters):
@@ -350,10 +359,10 @@ class Run:
             model = DistributedDataParallel(model, device_ids=None if s.device == "cpu" else [s.device])
         self.first = state["step"]  # of this sitting
         while True:
-            due = s.eval_only or state["step"] % s.eval_interval == 0 or state["step"] >= s.max_iters
-            if due and (s.eval_only or state["val"] is None or state["val"]["step"] != state["step"]):
+            due = state["step"] % s.eval_interval == 0 or state["step"] >= s.max_iters
+            if due and (state["val"] is None or state["val"]["step"] != state["step"]):
                 self.evaluate()
-            if s.eval_only or state["step"] >= s.max_iters:
+            if state["step"] >= s.max_iters:
                 return self.finish()
             if due or state["step"] <= self.first + 1:  # what came before says nothing about speed
                 self.start_lap()
@@ -367,6 +376,7 @@ class Run:
             if sum_over_ranks(stop.number, s.device):
                 self.check_finite(self.health)
                 self.save("ckpt.pt")
+                barrier()  # no process ends, and takes the others along, before the checkpoint is in place
                 resume = self.command if s.resume else f"{self.command} --resume"
                 say(f"stopped after step {state['step']} and saved; go on with: {resume}")
                 return 128 + stop.number
@@ -444,8 +454,6 @@ class Run:
 
     def finish(self):
         """Write summary.json and say how it ended -> exit status 0."""
-        if self.s.eval_only:
-            return 0
         state, val = self.state, self.state["val"]
         steps, seconds = state["timed_steps"], state["timed_seconds"]
         summary = {
@@ -503,12 +511,15 @@ def check_resume(before, now):
         sequences = s["batch_size"] * s["gradient_accumulation_steps"]
         return {**s, **record["model"], "sequences in a step": sequences, "data set": record["data"]["sha256"]}
 
-    before, now = flat(before), flat(now)
+    try:
+        before, now = flat(before), flat(now)
+    except (KeyError, TypeError):
+        raise UserError("the config.json there is not one of a run") from None
     changed = {key: value for key, value in now.items() if before.get(key) != value}
     refused = [f"{key} was {before.get(key)}, now is {changed[key]}" for key in changed if key not in MAY_CHANGE]
     if refused:
-        raise UserError(f"a run is resumed as what it is: {'; '.join(refused)}")
-    return changed
+        raise UserError(f"a run is resumed with the settings it began with: {'; '.join(refused)}")
+    return {key: value for key, value in changed.items() if key not in ("resume", "eval_only", "out_dir")}
 
 
 def start_wandb(s, record):
@@ -536,12 +547,12 @@ def advice(s):
     """Say what to change when the device is out of memory or the compiler fails."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"out of memory on {s.device}: halve batch_size (now {s.batch_size}) and double "
-            f"gradient_accumulation_steps (now {s.gradient_accumulation_steps}): the steps stay the same"
-        ) from None
     except Exception as e:
+        if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(e):
+            raise UserError(
+                f"out of memory on {s.device}: halve batch_size (now {s.batch_size}) and double "
+                f"gradient_accumulation_steps (now {s.gradient_accumulation_steps}): the steps stay the same"
+            ) from None
         if s.compile and type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
             reason = f"{type(e).__name__}: {str(e).splitlines()[0]:.200}"
             raise UserError(f"torch.compile failed ({reason}); --compile=false does without it") from e
@@ -565,10 +576,14 @@ def main(argv=None):
         dist.init_process_group("nccl" if on_cuda else "gloo")
     launcher = ["torchrun", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else ["python"]
     try:
-        run = Run(s, model_args, shlex.join([*launcher, "train.py", *argv]))
-        run.open()
-        with StopSignal() as stop, advice(s):
-            return run.loop(stop)
+        with advice(s):
+            run = Run(s, model_args, shlex.join([*launcher, "train.py", *argv]))
+            run.open()
+            if s.eval_only:
+                run.evaluate()
+                return 0
+            with StopSignal() as stop:
+                return run.loop(stop)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
