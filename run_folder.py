@@ -13,11 +13,16 @@ Nothing that is read from it is executed.
 import json
 import math
 import os
+import platform
+import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from command import UserError
+from machine import device_name, world_size
 from model import GPT, GPTConfig
 
 
@@ -84,3 +89,58 @@ class RunFolder:
         model = GPT(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
         return model.to(device).eval(), checkpoint["tokenizer"]
+
+
+# ---------------------------------------------------------------------------------------------------
+# What config.json records, and what must not differ from it when the run is resumed.
+
+
+def describe(s, model, data, command):
+    """What config.json holds: all that is needed to repeat the run."""
+    return {
+        "command": command,
+        "settings": asdict(s),
+        "model": asdict(model.config),
+        "parameters": model.parameter_report(),
+        "data": {
+            "source": data.meta["source"],
+            "sha256": {split: data.meta[split]["sha256"] for split in ("train", "val")},
+        },
+        "device": device_name(s.device),
+        "processes": world_size(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "commit": git_commit(),
+    }
+
+
+def git_commit():
+    def git(*arguments):
+        command = ["git", "-C", Path(__file__).parent, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def check_resume(before, now, may_change):
+    """Refuse to go on with a run under settings that would make it another one -> those that did change.
+
+    before, now: what describe told then and tells now; may_change: names of settings.
+    """
+
+    def flat(record):
+        s = record["settings"]
+        sequences = s["batch_size"] * s["gradient_accumulation_steps"]
+        return {**s, **record["model"], "sequences in a step": sequences, "data set": record["data"]["sha256"]}
+
+    try:
+        before, now = flat(before), flat(now)
+    except (KeyError, TypeError):
+        raise UserError("the config.json there is not one of a run") from None
+    changed = {key: value for key, value in now.items() if before.get(key) != value}
+    refused = [f"{key} was {before.get(key)}, now is {changed[key]}" for key in changed if key not in may_change]
+    if refused:
+        raise UserError(f"a run is resumed with the settings it began with: {'; '.join(refused)}")
+    return {key: value for key, value in changed.items() if key not in ("resume", "eval_only", "out_dir")}

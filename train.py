@@ -11,9 +11,7 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import shlex
-import subprocess
 import sys
 import time
 import typing
@@ -30,7 +28,7 @@ import prepare_data
 from command import UserError, list_settings, read_settings, run_program
 from machine import StopSignal, autocast, barrier, rank, say, sum_over_ranks, world_size
 from model import GPT, GPTConfig, stream_seed
-from run_folder import RunFolder
+from run_folder import RunFolder, check_resume, describe
 
 # ---------------------------------------------------------------------------------------------------
 # Settings. The comment behind a setting is what --help prints; None is written "auto".
@@ -319,7 +317,7 @@ class Run:
             raise UserError(f"{self.folder} holds no run to resume")
         if exists:
             first = self.folder.read_json("config.json")
-            changed = check_resume(first, record)
+            changed = check_resume(first, record, MAY_CHANGE)
             if self.folder.holds("ckpt.pt"):  # else it was stopped before the first one, and begins again
                 self.restore(self.folder.load("ckpt.pt"))
             sitting = {key: record[key] for key in ("command", "device", "processes", "versions", "commit")}
@@ -472,54 +470,6 @@ class Run:
         say(f"done in {clock(summary['seconds'])}: val loss {val['val_loss']:.4f}, perplexity {val['perplexity']:.2f}")
         say(f"sample from it: python sample.py {self.folder}")
         return 0
-
-
-def describe(s, model, data, command):
-    """What config.json holds: all that is needed to repeat the run."""
-    return {
-        "command": command,
-        "settings": asdict(s),
-        "model": asdict(model.config),
-        "parameters": model.parameter_report(),
-        "data": {
-            "source": data.meta["source"],
-            "sha256": {split: data.meta[split]["sha256"] for split in ("train", "val")},
-        },
-        "device": machine.device_name(s.device),
-        "processes": world_size(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "commit": git_commit(),
-    }
-
-
-def git_commit():
-    def git(*arguments):
-        command = ["git", "-C", Path(__file__).parent, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def check_resume(before, now):
-    """Refuse to go on with a run under settings that would make it another one -> the settings that changed."""
-
-    def flat(record):
-        s = record["settings"]
-        sequences = s["batch_size"] * s["gradient_accumulation_steps"]
-        return {**s, **record["model"], "sequences in a step": sequences, "data set": record["data"]["sha256"]}
-
-    try:
-        before, now = flat(before), flat(now)
-    except (KeyError, TypeError):
-        raise UserError("the config.json there is not one of a run") from None
-    changed = {key: value for key, value in now.items() if before.get(key) != value}
-    refused = [f"{key} was {before.get(key)}, now is {changed[key]}" for key in changed if key not in MAY_CHANGE]
-    if refused:
-        raise UserError(f"a run is resumed with the settings it began with: {'; '.join(refused)}")
-    return {key: value for key, value in changed.items() if key not in ("resume", "eval_only", "out_dir")}
 
 
 def start_wandb(s, record):
