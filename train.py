@@ -385,7 +385,7 @@ class Run:
     def evaluate(self):
         began, s, state = time.perf_counter(), self.s, self.state
         val = evaluate(self.model, self.data, s)
-        self.check_finite(self.health + val["val_loss"])
+        self.check_finite(self.health + val["val_loss"])  # so that no bad weights are saved
         best = val["val_loss"] < state["best_val_loss"]
         state["val"] = {"step": state["step"], **val}
         state["best_val_loss"] = min(val["val_loss"], state["best_val_loss"])
@@ -395,9 +395,9 @@ class Run:
             f"bits/byte {val['bits_per_byte']:.3f} in {time.perf_counter() - began:.1f} s"
         )
         if state["step"] > 0:
-            self.save("ckpt.pt")
             if best:
                 self.save("best.pt")
+            self.save("ckpt.pt")  # last: what a resumed run finds beside it is never older
 
     def log_step(self, loss, norm):
         s, state, step = self.s, self.state, self.state["step"]
