@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -574,13 +575,17 @@ def test_a_run_in_float16_goes_on_from_one_that_was_not(tiny_config, whole_run):
 
 
 def test_a_second_ctrl_c_acts_at_once_but_not_torchruns_sigterm():
-    with machine.StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.number == signal.SIGTERM
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            signal.pthread_sigmask(signal.SIG_BLOCK, [])  # give the interpreter a chance to see it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job would ignore Ctrl-C
+    try:
+        with machine.StopSignal() as stop:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.number == signal.SIGTERM
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_log_lines_fit_a_terminal(tiny_config, capsys):
@@ -639,3 +644,14 @@ def test_wandb_is_optional_and_its_absence_is_told(tiny_config, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         train.main([tiny_config, "--wandb_log"])
+
+
+def test_wandb_is_told_what_metrics_jsonl_is(tiny_config, monkeypatch):
+    told, begun = [], []
+    run = types.SimpleNamespace(log=lambda values, step: told.append({"step": step, **values}))
+    fake = types.SimpleNamespace(init=lambda **options: begun.append(options) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    train.main([tiny_config, "--wandb_log", "--wandb_project=p"])
+    assert told == [json.loads(line) for line in Path("out/tiny/metrics.jsonl").read_text().splitlines()]
+    (options,) = begun
+    assert (options["project"], options["name"]) == ("p", "tiny") and options["config"]["settings"]["wandb_log"]
