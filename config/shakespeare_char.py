@@ -1,14 +1,14 @@
 # Tiny Shakespeare by characters with a nonlinear query, sized for less than two minutes on two CPU cores.
-# Downloads 1 MB on first use. Two cores of an AMD EPYC (AVX2), torch 2.15.0: 1:33, validation loss 1.703.
+# Downloads 1 MB on first use. Two cores of an AMD EPYC (AVX2), torch 2.15.0: 1:23, validation loss 1.697.
 
 dataset = "shakespeare_char"
 query_mode = "nonlinear"
-n_layer, n_head, n_embd, block_size = 2, 4, 128, 64
+n_layer, n_head, n_embd, block_size = 2, 2, 128, 64  # heads of 64, as in GPT-3 small
 batch_size, gradient_accumulation_steps = 24, 1
 
 learning_rate, lr_schedule = 1e-2, "linear"
-warmup_iters, max_iters = 80, 1550
+warmup_iters, max_iters = 80, 1700
 beta2 = 0.99
 
-eval_interval = 775
+eval_interval = 850
 log_interval = 50
