@@ -29,6 +29,8 @@ from model import GPT, GPTConfig
 class RunFolder:
     def __init__(self, path):
         self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{path} is a file; a run is a folder")
 
     def __str__(self):
         return str(self.path)

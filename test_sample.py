@@ -108,8 +108,9 @@ def test_without_a_prompt_it_begins_as_documents_do():
 
 
 def test_a_missing_or_damaged_run_is_told(a_run):
-    with pytest.raises(UserError, match="out/nowhere"):
-        sample.main(["out/nowhere"])
+    for folder in ("out/nowhere", "tiny.py"):
+        with pytest.raises(UserError, match=folder):
+            sample.main([folder])
     Path(a_run, "best.pt").write_bytes(b"not a checkpoint")
     done = run("sample.py", a_run)
     assert done.returncode == 1 and done.stdout == ""
