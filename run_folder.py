@@ -133,16 +133,17 @@ def check_resume(before, now, may_change):
     """
 
     def flat(record):
-        s = record["settings"]
+        # Where the run lies and what this command does with it are not properties of the run.
+        s = {key: value for key, value in record["settings"].items() if key not in ("out_dir", "resume", "eval_only")}
         sequences = s["batch_size"] * s["gradient_accumulation_steps"]
         return {**s, **record["model"], "sequences in a step": sequences, "data set": record["data"]["sha256"]}
 
     try:
         before, now = flat(before), flat(now)
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError):
         raise UserError("the config.json there is not one of a run") from None
     changed = {key: value for key, value in now.items() if before.get(key) != value}
     refused = [f"{key} was {before.get(key)}, now is {changed[key]}" for key in changed if key not in may_change]
     if refused:
         raise UserError(f"a run is resumed with the settings it began with: {'; '.join(refused)}")
-    return {key: value for key, value in changed.items() if key not in ("resume", "eval_only", "out_dir")}
+    return changed

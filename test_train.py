@@ -457,6 +457,11 @@ def test_a_folder_that_holds_a_run_is_refused_and_untouched(tiny_config, whole_r
     assert {p.name: p.read_bytes() for p in Path(whole_run).iterdir()} == before
     with pytest.raises(UserError, match="no run to resume"):
         train.main([tiny_config, "--resume", "--out_dir=out/nowhere"])
+    Path("out/foreign").mkdir()
+    for content in ("{", "[]", "{}", '{"settings": []}'):
+        Path("out/foreign/config.json").write_text(content)
+        with pytest.raises(UserError, match=r"config\.json"):
+            train.main([tiny_config, "--resume", "--out_dir=out/foreign"])
 
 
 def test_eval_only_gives_the_loss_of_the_checkpoint_and_writes_nothing(tiny_config, whole_run, capsys):
@@ -467,27 +472,23 @@ def test_eval_only_gives_the_loss_of_the_checkpoint_and_writes_nothing(tiny_conf
     assert {p.name: p.read_bytes() for p in Path(whole_run).iterdir()} == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny_config, monkeypatch):
-    good, step = {}, train.train_step
+@pytest.mark.parametrize("log_interval", [1, 100])  # seen at a log line, or before the next save
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny_config, monkeypatch, log_interval):
+    good, step = [], train.train_step
 
     def fails_at_6(model, optimizer, *arguments):
         if arguments[-1] == 6:
-            good["bytes"] = Path("out/tiny/ckpt.pt").read_bytes()
+            good.append(Path("out/tiny/ckpt.pt").read_bytes())
             with torch.no_grad():
                 next(iter(model.parameters())).fill_(math.nan)
         return step(model, optimizer, *arguments)
 
     monkeypatch.setattr(train, "train_step", fails_at_6)
-    for log_interval in (1, 100):  # seen at a log line, or before the next save
-        with pytest.raises(UserError, match="not finite") as e:
-            train.main(
-                [tiny_config, f"--log_interval={log_interval}", f"--out_dir=out/{log_interval}"]
-                if log_interval > 1
-                else [tiny_config, "--log_interval=1"]
-            )
-        assert e.value.status == 1
-    assert Path("out/tiny/ckpt.pt").read_bytes() == good["bytes"]
-    assert checkpoint("out/tiny")["state"]["step"] == checkpoint("out/100")["state"]["step"] == 4
+    with pytest.raises(UserError, match="not finite") as e:
+        train.main([tiny_config, f"--log_interval={log_interval}"])
+    assert e.value.status == 1
+    assert [Path("out/tiny/ckpt.pt").read_bytes()] == good
+    assert checkpoint("out/tiny")["state"]["step"] == 4
 
 
 def test_a_rate_far_too_high_ends_in_one_line_and_status_1(tiny_config):

@@ -88,8 +88,8 @@ class Settings:
 # What may differ when a run is resumed: nothing here changes what a step computes, but for rounding.
 # The two factors of a step's size may change where their product does not.
 MAY_CHANGE = {
-    *("out_dir", "resume", "eval_only", "max_iters", "batch_size", "gradient_accumulation_steps"),
-    *("eval_interval", "log_interval", "wandb_log", "wandb_project", "device", "dtype", "compile", "peak_tflops"),
+    *("max_iters", "batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval"),
+    *("wandb_log", "wandb_project", "device", "dtype", "compile", "peak_tflops"),
 }
 
 KINDS = {**typing.get_type_hints(Settings), **typing.get_type_hints(GPTConfig)}
