@@ -1,5 +1,5 @@
 """What the programs share about their command line: settings from a config file and --key=value flags
-into typed values, and a user's mistake into one line instead of a traceback.
+into typed values, a user's mistake into one line instead of a traceback, numbers into few characters.
 """
 
 import argparse
@@ -42,6 +42,19 @@ def run_program(main):
     except (UserError, OSError) as e:
         print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
         sys.exit(getattr(e, "status", 1))
+
+
+def clock(seconds):
+    """125 -> 2:05, 3725 -> 1h02m"""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}:{seconds:02}"
+
+
+def short(number):
+    """Three digits: 61.4, 23.3k, 1.25M, 18.1G"""
+    powers = ((9, "G"), (6, "M"), (3, "k"), (0, ""))
+    power, unit = next((p, u) for p, u in powers if p == 0 or number >= 0.9995 * 10**p)
+    return f"{number / 10**power:.3g}{unit}"
 
 
 # ---------------------------------------------------------------------------------------------------

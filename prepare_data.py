@@ -4,11 +4,10 @@
     shakespeare_char  tiny Shakespeare, one token a character
     shakespeare       tiny Shakespeare, GPT-2 BPE
     text              your own files: --name NAME --input FILE_OR_FOLDER ... --tokenizer gpt2|char|byte
-    openwebtext       not in this version yet
+    openwebtext       the corpus of the paper's experiment; --shards 0-3 for a part; see --help
 
 A .bin file is a plain array of token ids; meta.json tells their dtype, number and sha256, the tokenizer
-and the source. A data set appears complete or not at all. The tokenizers, which sampling needs too, are
-here as well.
+and the source. A data set appears complete or not at all.
 """
 
 import argparse
@@ -28,96 +27,13 @@ from pathlib import Path
 import numpy as np
 
 from command import Parser, UserError, run_program
+from tokenizer import CharTokenizer, code_points, load_tokenizer
 
 DATA_DIR = Path("data")
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 PIECE_BYTES = 1 << 22  # text is read and tokenized in pieces of about this size
 SAFE_CUT = re.compile(rb"[!-~]\n(?=[!-~])")  # see Document.pieces
-
-# ---------------------------------------------------------------------------------------------------
-# Tokenizers: bytes <-> token ids. `spec` is what meta.json and a checkpoint store of one; `eot` is the
-# id that ends a document (None: the data set is a single document, so no id was trained to end one).
-
-EOT_TEXT = b"<|endoftext|>"
-
-
-class ByteTokenizer:
-    """Each byte is its own id, and 256 ends a document. Takes any file, text or not."""
-
-    vocab_size = 257
-
-    def __init__(self, has_eot):
-        self.eot = 256 if has_eot else None
-        self.spec = {"kind": "byte", "has_eot": has_eot}
-
-    def encode(self, data):
-        return np.frombuffer(data, np.uint8)
-
-    def decode(self, ids):
-        return b"".join(bytes([i]) if i < 256 else EOT_TEXT for i in ids)
-
-
-class CharTokenizer:
-    """One id for each Unicode character of `chars`, and one more that ends a document if has_eot."""
-
-    def __init__(self, chars, has_eot):
-        self.chars, self.codes = chars, np.array([ord(c) for c in chars], np.uint32)  # sorted
-        self.eot = len(chars) if has_eot else None
-        self.vocab_size = len(chars) + has_eot
-        self.spec = {"kind": "char", "chars": chars, "has_eot": has_eot}
-
-    def encode(self, data):
-        codes = code_points(data)
-        ids = np.searchsorted(self.codes, codes).clip(max=len(self.codes) - 1)
-        unknown = codes[self.codes[ids] != codes]
-        if len(unknown):
-            c = chr(unknown[0])
-            known = f"{len(self.chars):,} of this vocabulary: {self.chars[:100]!r}"
-            raise UserError(f"the character {c!r} (U+{ord(c):04X}) is not among the {known}")
-        return ids
-
-    def decode(self, ids):
-        return b"".join(self.chars[i].encode() if i < len(self.chars) else EOT_TEXT for i in ids)
-
-
-class GPT2Tokenizer:
-    """GPT-2's byte-pair encoding, from tiktoken, which fetches its vocabulary once and keeps it."""
-
-    vocab_size = 50257
-
-    def __init__(self, has_eot):
-        import tiktoken
-
-        self.eot = 50256 if has_eot else None
-        self.spec = {"kind": "gpt2", "has_eot": has_eot}
-        try:
-            self.bpe = tiktoken.get_encoding("gpt2")
-        except (OSError, ValueError) as e:  # requests' exceptions are OSErrors
-            raise UserError(
-                "the GPT-2 vocabulary could not be loaded; set TIKTOKEN_CACHE_DIR to a folder that holds it, "
-                f"or use char or byte tokens, which need no download ({type(e).__name__}: {str(e)[:150]})"
-            ) from e
-
-    def encode(self, data):
-        return np.array(self.bpe.encode_ordinary(data.decode()), np.uint16)
-
-    def decode(self, ids):  # a model's vocabulary may be padded beyond the tokenizer's
-        return b"".join(self.bpe.decode_single_token_bytes(i) if i < self.vocab_size else b"\xff" for i in ids)
-
-
-def load_tokenizer(spec):
-    """The tokenizer that a meta.json or a checkpoint describes."""
-    kinds = {"byte": ByteTokenizer, "char": CharTokenizer, "gpt2": GPT2Tokenizer}
-    arguments = {key: value for key, value in spec.items() if key != "kind"}
-    if spec.get("kind") not in kinds:
-        raise UserError(f"unknown tokenizer {spec.get('kind')!r}: this version knows {', '.join(kinds)}")
-    return kinds[spec["kind"]](**arguments)
-
-
-def code_points(data):
-    return np.frombuffer(data.decode().encode("utf-32-le"), np.uint32)
-
 
 # ---------------------------------------------------------------------------------------------------
 # Documents, and which split they belong to.
@@ -337,17 +253,35 @@ def read_options(argv):
         "--input", nargs="+", help="text: files or folders; shakespeare: a copy, where there is no network"
     )
     parser.add_argument("--tokenizer", choices=["gpt2", "char", "byte"], help="text: default gpt2")
+    parser.add_argument("--shards", help="openwebtext: 0 to 20 or 0-3, a part of it, in a data set of its own")
+    parser.add_argument("--mirror", metavar="URL", help="openwebtext: ask there instead of https://huggingface.co")
+    parser.add_argument("--source", metavar="FOLDER", help="openwebtext: take the archives from there")
+    parser.add_argument("--keep", action="store_true", help="openwebtext: keep the downloaded archives")
     options = parser.parse_args(argv)
+    belongs = {"name": "text", "tokenizer": "text", "input": "text shakespeare shakespeare_char"}
+    for name, value in vars(options).items():
+        if name != "dataset" and value and options.dataset not in belongs.get(name, "openwebtext").split():
+            parser.error(f"--{name} is not for {options.dataset}, but for {belongs.get(name, 'openwebtext')}")
     if options.dataset == "text":
         if not options.name or not options.input:
             parser.error("text needs --name NAME and --input FILE_OR_FOLDER ...")
         if not re.fullmatch(r"\w[\w.-]*", options.name):
             parser.error(f"--name {options.name!r} is not a plain folder name")
-    elif options.name or options.tokenizer:
-        parser.error(f"--name and --tokenizer are for text of your own, not for {options.dataset}")
-    elif options.input and (len(options.input) > 1 or not options.dataset.startswith("shakespeare")):
-        parser.error(f"--input {' '.join(options.input)} does not fit {options.dataset}")
+    elif options.input and len(options.input) > 1:
+        parser.error(f"--input {' '.join(options.input)}: {options.dataset} is one file")
+    if options.mirror and (options.source or not re.match("https?://", options.mirror)):
+        parser.error(f"--mirror {options.mirror} must begin with http:// or https://, and excludes --source")
+    options.shards = read_shards(parser, options.shards)
     return options
+
+
+def read_shards(parser, text):
+    """ "0-3" -> range(0, 4)"""
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text or "0-20")
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, -1)
+    if not first <= last <= 20:
+        parser.error(f"--shards {text} is neither a number from 0 to 20 nor a range like 0-3")
+    return range(first, last + 1)
 
 
 def main(argv=None):
@@ -355,7 +289,9 @@ def main(argv=None):
     if options.dataset == "text":
         text(options.name, options.input, options.tokenizer or "gpt2")
     elif options.dataset == "openwebtext":
-        raise UserError("openwebtext cannot be prepared by this version yet")
+        import openwebtext  # needs requests, which the others can do without
+
+        openwebtext.prepare(DATA_DIR, options.shards, options.mirror, options.source, options.keep)
     elif options.dataset == "stdlib":
         stdlib()
     else:

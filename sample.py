@@ -9,7 +9,7 @@ import torch
 
 from command import Parser, UserError, run_program
 from machine import pick_device
-from prepare_data import load_tokenizer
+from tokenizer import load_tokenizer
 from run_folder import RunFolder
 
 

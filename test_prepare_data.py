@@ -13,7 +13,8 @@ import pytest
 import prepare_data
 from command import UserError
 from conftest import SHARED, run
-from prepare_data import ByteTokenizer, CharTokenizer, Document, GPT2Tokenizer, load_tokenizer, split
+from prepare_data import Document, split
+from tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer
 
 
 def prepare(*arguments):

@@ -9,7 +9,7 @@ import sample
 import train
 from command import UserError
 from conftest import run
-from prepare_data import ByteTokenizer, CharTokenizer, load_tokenizer
+from tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer
 from run_folder import RunFolder
 
 

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import machine
 import prepare_data
-from command import UserError, list_settings, read_settings, run_program
+from command import UserError, clock, list_settings, read_settings, run_program, short
 from machine import StopSignal, autocast, barrier, rank, say, sum_over_ranks, world_size
 from model import GPT, GPTConfig, stream_seed
 from run_folder import RunFolder, check_resume, describe
@@ -478,18 +478,6 @@ def start_wandb(s, record):
     except ImportError:
         raise UserError("wandb_log needs the package wandb: pip install wandb") from None
     return wandb.init(project=s.wandb_project, name=Path(s.out_dir).name, config=record)
-
-
-def clock(seconds):
-    """125 -> 2:05, 3725 -> 1h02m"""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}:{seconds:02}"
-
-
-def short(number):
-    """Three digits: 61.4, 23.3k, 1.25M"""
-    power, unit = next((p, u) for p, u in ((6, "M"), (3, "k"), (0, "")) if p == 0 or number >= 0.9995 * 10**p)
-    return f"{number / 10**power:.3g}{unit}"
 
 
 @contextlib.contextmanager
