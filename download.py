@@ -23,25 +23,29 @@ class Retry(Exception):
         self.seconds = seconds
 
 
-def persist(action, size=lambda: 0):
+def persist(action, hint, size=lambda: 0):
     """Try action until it succeeds; give up after TRIES failures in a row during which size() did not grow."""
     failures, largest = 0, size()
     while True:
         try:
             return action()
+        except ValueError as e:  # requests' and urllib3's word for an address that is none
+            raise UserError(f"{e}; {hint}") from None
         except (requests.RequestException, Retry) as e:
             failures = failures + 1 if size() <= largest else 1
             largest = max(largest, size())
-            reason = str(e) if isinstance(e, Retry) else f"{type(e).__name__}: {str(e):.120}"
+            reason = str(e).rpartition("Caused by ")[2].rstrip(")")[:150]
             if failures == TRIES:
-                raise UserError(f"gave up after {TRIES} tries ({reason}); the same command goes on") from None
+                raise UserError(
+                    f"gave up after {TRIES} tries ({reason}); try the same command again, or {hint}"
+                ) from None
             seconds = max(getattr(e, "seconds", 0), 2 ** (failures - 1))
             print(f"{reason}; next try in {seconds} s", flush=True)
             time.sleep(seconds)
 
 
-def check_status(answer, hint):
-    code, said = answer.status_code, f"{answer.url} answers {answer.status_code} {answer.reason}"
+def check_status(answer, url, hint):
+    code, said = answer.status_code, f"{url} answers {answer.status_code} {answer.reason}"
     if code in (408, 429) or code >= 500:
         wait = answer.headers.get("Retry-After", "")
         raise Retry(said, min(int(wait), 300) if wait.isdigit() else 0)
@@ -58,33 +62,39 @@ def announced(url, hint):
 
     def ask(**options):
         answer = requests.head(url, timeout=TIMEOUT, headers=NO_ENCODING, **options)
-        check_status(answer, hint)
+        check_status(answer, url, hint)
         return answer
 
-    answer = persist(ask)
+    answer = persist(ask, hint)
     if answer.is_redirect and "X-Linked-Size" not in answer.headers:
-        answer = persist(lambda: ask(allow_redirects=True))
-    size = answer.headers.get("X-Linked-Size") or answer.headers.get("Content-Length", "")
-    if not size.isdigit():
+        answer = persist(lambda: ask(allow_redirects=True), hint)
+    told = {}
+    for each in [*answer.history, answer]:
+        told.update(each.headers)
+    size = told.get("X-Linked-Size") or told.get("Content-Length", "")
+    if not (size.isdigit() and int(size)):
         raise UserError(f"{url} does not tell its size; {hint}")
-    sha256 = re.search(r"\b[0-9a-f]{64}\b", answer.headers.get("X-Linked-Etag", ""))
+    sha256 = re.search(r"\b[0-9a-f]{64}\b", told.get("X-Linked-Etag", ""))
     return int(size), sha256 and sha256[0]
 
 
 def fetch(url, path, size, sha256, hint, report):
-    """Download url to path, which it becomes when it is complete and has been checked.
+    """Download url to path, which it becomes when it is complete and has been checked -> its sha256.
 
     size: in bytes; sha256: None where it is not known; report(bytes so far, bytes/s) is called now and then.
-    What is there of an earlier try lies in path.part, and is gone on with.
+    What is there of an earlier try lies in path.part, and is gone on with; a path that exists is checked.
     """
     partial = path.with_name(f"{path.name}.part")
-    persist(lambda: receive(url, partial, size, hint, report), lambda: size_of(partial))
+    if path.exists():
+        os.replace(path, partial)
+    persist(lambda: receive(url, partial, size, hint, report), hint, lambda: size_of(partial))
     try:
-        check_sum(partial, size, sha256)
+        found = check_sum(partial, size, sha256)
     except UserError as e:
         partial.unlink()
         raise UserError(f"{e}; it is deleted, and the same command fetches it anew") from None
     os.replace(partial, path)
+    return found
 
 
 def receive(url, partial, size, hint, report):
@@ -97,21 +107,20 @@ def receive(url, partial, size, hint, report):
         if answer.status_code == 416:  # the server's file is shorter than what is here
             partial.unlink()
             raise Retry(f"{url} ends before byte {have:,}, beginning anew")
-        check_status(answer, hint)
-        sends = answer.headers.get("Content-Range", "")
-        if answer.status_code == 206 and not sends.startswith(f"bytes {have}-"):
-            raise Retry(f"{url} sends {sends!r}, not the bytes from {have:,} on")
-        if answer.status_code != 206:  # the whole file, whatever was asked for
-            have = 0
-        begin, started = have, time.monotonic()
-        with open(partial, "ab" if have else "wb") as f:
+        check_status(answer, url, hint)
+        if answer.status_code == 206:
+            begin, sends, right = have, answer.headers.get("Content-Range", ""), f"bytes {have}-"
+        else:  # the whole file, whatever was asked for; or a page that has nothing to do with it
+            begin, sends, right = 0, answer.headers.get("Content-Length", str(size)), str(size)
+        if not sends.startswith(right):
+            raise Retry(f"{url} sends {sends!r}, not {right!r}")
+        have, started = begin, time.monotonic()
+        with open(partial, "ab" if begin else "wb") as f:
             for block in answer.iter_content(BLOCK):
                 f.write(block)
                 have += len(block)
                 report(have, (have - begin) / (time.monotonic() - started + 1e-9))
-                if have > size:
-                    return  # not the file that was announced
-    if have < size:
+    if have != size:
         raise Retry(f"{url} ended after {have:,} of {size:,} bytes")
 
 

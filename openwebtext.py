@@ -49,7 +49,8 @@ SHA256 = {  # of the archives, as far as published
     20: "1bc38f227abde149dbaee01e24eace67b534c1392b90655195f650b2b979ba52",
 }
 
-# The whole corpus, as published.
+# The whole corpus, as others who read the same archives in the same order report it. (nanoGPT's own README
+# has the same total in another split, made when the corpus's loader still sorted the documents.)
 DOCUMENTS, TRAIN_TOKENS, VAL_TOKENS = 8_013_769, 9_035_582_489, 4_434_606
 FIRST_TRAIN_TOKENS = [8585, 262, 1772, 25, 25334, 8120, 17, 43959, 44947, 318]
 PERMUTATION_SHA256 = "713795c9660553b17cc384b3c0d72c0328090f1926873b034ce38fe506e0655e"
@@ -60,7 +61,7 @@ HINT = (
 )
 TOKEN_BYTES_PER_ARCHIVE_BYTE = 1.5  # 18.1 GB / 12.9 GB = 1.4, and a margin
 MEMBER_BYTES = 1 << 28  # no inner archive unpacks to more (the true ones to some 2 MB)
-GATHER_TOKENS = 1 << 24  # written at a time; documents are read in corpus order within
+GATHER_TOKENS = 1 << 26  # written at a time; documents are read in corpus order within
 
 
 def prepare(data_dir, shards, mirror, source, keep):
@@ -77,11 +78,14 @@ def prepare(data_dir, shards, mirror, source, keep):
     parts.mkdir(parents=True, exist_ok=True)
     try:
         with locked(parts):
+            shutil.rmtree(parts / target.name, ignore_errors=True)  # where gathering was killed
             make_parts(parts, shards, tokenizer, mirror, source, keep)
             gather(parts, shards, tokenizer, target)
-            remove(parts, shards, keep)
+            remove(parts, shards, keep or source)
     except KeyboardInterrupt:
         print(f"\nstopped; what is finished is kept in {parts}, and the same command goes on", flush=True)
+        raise
+    except BrokenPipeError:
         raise
     except OSError as e:
         reason = f"{e.filename or parts}: {e.strerror or e}"
@@ -99,21 +103,24 @@ def dataset_name(shards):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Refuse to work in a folder where another process does; the system drops the lock when a process dies."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
+    """Refuse to work in a folder where another process does; the system drops the lock when a process dies.
+
+    Where there are no such locks (Windows, some network file systems), nothing is refused.
+    """
     with open(folder / "lock", "w") as f:
         try:
+            import fcntl
+
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is at work in {folder}") from None
+        except (ImportError, OSError):
+            pass
         try:
             yield
         finally:
-            os.unlink(f.name)
+            with contextlib.suppress(PermissionError):  # Windows does not delete what is open
+                os.unlink(f.name)
 
 
 def make_parts(parts, shards, tokenizer, mirror, source, keep):
@@ -137,6 +144,7 @@ def check_space(parts, shards, archives, source, keep):
     """Say what the work needs on the disk, and refuse where that is not there."""
     sizes = sorted(archive.size for archive in archives)
     archived = 0 if source else sum(sizes if keep else sizes[-2:])
+    archived -= min(archived, sum(path.stat().st_size for path in parts.glob("*.tar*")))  # here already
     tokens = int(sum(sizes) * TOKEN_BYTES_PER_ARCHIVE_BYTE)
     result = tokens + sum(2 * read_record(parts, shard)["tokens"] for shard in shards if is_done(parts, shard))
     need, free = archived + tokens + result, shutil.disk_usage(parts).free
@@ -158,7 +166,7 @@ def check_space(parts, shards, archives, source, keep):
 @dataclass
 class Archive:
     shard: int
-    place: str  # its address, or the path of the file
+    place: str | Path  # its address, or the file
     size: int  # bytes
     sha256: str | None  # None where neither the server nor this program knows it
 
@@ -174,7 +182,7 @@ def locate(shard, mirror, source):
         path = Path(source) / archive.name
         if not path.is_file():
             raise UserError(f"--source {source} holds no {archive.name}")
-        archive.place, archive.size = str(path), path.stat().st_size
+        archive.place, archive.size = path, path.stat().st_size
         return archive
     folder = f"datasets/Skylion007/openwebtext/resolve/{REVISION}/subsets"
     archive.place = f"{(mirror or HUB).rstrip('/')}/{folder}/{archive.name}"
@@ -187,12 +195,11 @@ def locate(shard, mirror, source):
 
 def fetch(archive, parts, progress):
     """The path of an archive on this disk; its sha256 is checked where it is known, and known from here on."""
-    path = parts / archive.name
-    if not archive.place.startswith("http"):
-        path = Path(archive.place)
-    elif not path.exists():
-        download.fetch(archive.place, path, archive.size, archive.sha256, HINT, progress.fetching(archive))
-    archive.sha256 = download.check_sum(path, archive.size, archive.sha256)
+    if isinstance(archive.place, Path):
+        archive.sha256 = download.check_sum(archive.place, archive.size, archive.sha256)
+        return archive.place
+    path, report = parts / archive.name, progress.fetching(archive)
+    archive.sha256 = download.fetch(archive.place, path, archive.size, archive.sha256, HINT, report)
     return path
 
 
@@ -201,8 +208,8 @@ def fetch(archive, parts, progress):
 
 
 def tokenize(archive, path, parts, tokenizer, progress):
-    """Write NN.tokens (uint16), NN.lengths (uint32, two a document: tokens, bytes of text) and, when both
-    are on the disk, NN.json, which marks the shard as finished.
+    """Write NN.tokens (uint16), NN.lengths (uint32, two a document: tokens, bytes of text) and, after both,
+    NN.json, which marks the shard as finished.
     """
     record = {"archive": archive.name, "bytes": archive.size, "sha256": archive.sha256}
     record |= {"documents": 0, "tokens": 0, "text_bytes": 0}
@@ -228,13 +235,11 @@ PART_FILES = ("tokens", "lengths", "json")
 
 @contextlib.contextmanager
 def new_file(path):
-    """A binary file that appears under its name when all of it is on the disk, and not at all on an error."""
+    """A binary file that appears under its name when all of it is written, and not at all on an error."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as f:
             yield f
-            f.flush()
-            os.fsync(f.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -286,24 +291,27 @@ def wanted(member, suffix):
 def tokenize_member(path, name, data, tokenizer):
     """An inner archive -> its tokens (uint16), its documents' lengths (documents, 2), its compressed size."""
     ids, lengths, eot = [], [], np.array([tokenizer.eot], np.uint16)
-    document = "its first document"
     try:
         for document, raw in documents(data):
-            text = clean(raw.decode()).encode()
+            try:
+                text = clean(raw.decode()).encode()
+            except UnicodeDecodeError as e:
+                raise tarfile.ReadError(f"{document}: {e}") from None
             ids += [tokenizer.encode(text), eot]
             lengths.append((len(ids[-2]) + 1, len(text)))
-    except (lzma.LZMAError, EOFError, tarfile.TarError, UnicodeDecodeError) as e:
-        where = f"{path}: {name}: {document}"
-        raise UserError(f"{where} cannot be read ({type(e).__name__}: {e}); fetch the archive anew") from None
+    except (lzma.LZMAError, EOFError, tarfile.TarError) as e:
+        raise UserError(f"{path}: {name}: {e}; fetch the archive anew") from None
     return np.concatenate([np.empty(0, np.uint16), *ids]), np.array(lengths, np.uint32).reshape(-1, 2), len(data)
 
 
 def documents(data):
     """Yield the name and the bytes of each text in a compressed archive, in order; nothing touches the disk."""
+    raw = bytearray()
     with lzma.open(io.BytesIO(data)) as f:
-        raw = f.read(MEMBER_BYTES + 1)  # checks the xz sums; EOFError where the end is missing
-    if len(raw) > MEMBER_BYTES:
-        raise lzma.LZMAError(f"it unpacks to more than {MEMBER_BYTES:,} bytes")
+        while block := f.read(1 << 20):  # checks the sums in it; EOFError where the end is missing
+            raw += block
+            if len(raw) > MEMBER_BYTES:
+                raise lzma.LZMAError(f"it unpacks to more than {MEMBER_BYTES:,} bytes")
     with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as tar:
         for member in tar:
             if wanted(member, ".txt"):
@@ -337,13 +345,14 @@ def gather(parts, shards, tokenizer, target):
         raise UserError(f"{n} documents are too few to be split")
     lengths = np.concatenate([read_lengths(parts, shard, record) for shard, record in zip(shards, records)])
     temporary = parts / target.name
-    shutil.rmtree(temporary, ignore_errors=True)  # of a start that was killed
     temporary.mkdir()
     meta = {"source": f"{HUB}/datasets/Skylion007/openwebtext", "revision": REVISION}
     meta |= {"tokenizer": tokenizer.spec, "vocab_size": tokenizer.vocab_size, "dtype": "uint16"}
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(parts / f"{shard:02d}.tokens", "rb", buffering=0)) for shard in shards]
-        first = np.cumsum([0] + [record["tokens"] for record in records])  # of each shard, in the corpus
+        first = np.cumsum(
+            [0] + [record["tokens"] for record in records], dtype=np.int64
+        )  # of each shard, in the corpus
         for split, chosen in (("val", order[:n_val]), ("train", order[n_val:])):
             meta[split] = write_split(temporary / f"{split}.bin", chosen, lengths, files, first, tokenizer.eot)
     check("tokens", meta["train"]["tokens"] + meta["val"]["tokens"], TRAIN_TOKENS + VAL_TOKENS, whole)
@@ -359,7 +368,7 @@ def gather(parts, shards, tokenizer, target):
 def check(what, found, published, applies):
     if applies and found != published:
         raise UserError(
-            f"{what}: {found}, but the whole corpus has {published}: the archives are not the published ones"
+            f"{what}: {found}, but the whole corpus has {published}; delete openwebtext.parts and begin anew"
         )
 
 
@@ -382,6 +391,8 @@ def read_record(parts, shard):
         sizes = {"tokens": 2 * record["tokens"], "lengths": 8 * record["documents"]}
         if any((parts / f"{shard:02d}.{kind}").stat().st_size != size for kind, size in sizes.items()):
             raise ValueError("the files beside it have other sizes")
+        if SHA256.get(shard) not in (None, record["sha256"]):
+            raise ValueError("it is of another archive than the published one")
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} is damaged ({e}); delete it to prepare this archive anew") from None
     return record
@@ -410,6 +421,8 @@ def write_split(path, chosen, lengths, files, first, eot):
             f.write(tokens)
             sha256.update(tokens)
             ticker.show(f"{path.name}: {f.tell() // 2:,} of {ends[-1]:,} tokens")
+        f.flush()
+        os.fsync(f.fileno())  # a power cut must not find the shards' files deleted and this one not on the disk
     text_bytes = int(lengths[chosen, 1].sum(dtype=np.int64))
     entry = {"documents": len(chosen), "tokens": int(ends[-1]), "text_bytes": text_bytes}
     return {**entry, "sha256": sha256.hexdigest()}
@@ -455,7 +468,7 @@ class Ticker:
     def show(self, text):
         if time.monotonic() - self.last > (1 if self.redraw else 30):
             self.last = time.monotonic()
-            print(f"\r{text:<79}" if self.redraw else text, end="" if self.redraw else "\n", flush=True)
+            print(f"{text:<79.79}" if self.redraw else text, end="\r" if self.redraw else "\n", flush=True)
 
 
 class Progress:
@@ -470,7 +483,9 @@ class Progress:
 
         def report(have, speed):
             text = f"{archive.shard}: {have / 1e6:.0f}/{archive.size / 1e6:.0f} MB, {speed / 1e6:.3g} MB/s"
-            self.parts["fetching"] = f"{text}, {clock(max(0, archive.size - have) / speed)}"
+            self.parts["fetching"] = f"{text}, {clock((archive.size - have) / speed)}"
+            if have == archive.size:
+                del self.parts["fetching"]
 
         return report
 
@@ -483,7 +498,7 @@ class Progress:
         self.show()
 
     def show(self):
-        self.ticker.show("; ".join(f"{what} {how}" for what, how in self.parts.items()))
+        self.ticker.show("; ".join(f"{what} {how}" for what, how in list(self.parts.items())))
 
     def wait(self, future):
         while not future.done():

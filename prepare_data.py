@@ -245,6 +245,14 @@ SMALL = {  # prepared by train.py on first use
 }
 
 
+def command(name):
+    """What prepares the data set of a name, for messages."""
+    part = re.fullmatch(r"openwebtext(?:_(\d+(?:-\d+)?))?", name)
+    if part:
+        return "python prepare_data.py openwebtext" + (f" --shards {part[1]}" if part[1] else "")
+    return f"python prepare_data.py text --name {name} --input FILE_OR_FOLDER"
+
+
 def read_options(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", choices=[*SMALL, "text", "openwebtext"], help="which data set to prepare")
@@ -260,7 +268,11 @@ def read_options(argv):
     options = parser.parse_args(argv)
     belongs = {"name": "text", "tokenizer": "text", "input": "text shakespeare shakespeare_char"}
     for name, value in vars(options).items():
-        if name != "dataset" and value and options.dataset not in belongs.get(name, "openwebtext").split():
+        if (
+            name != "dataset"
+            and value not in (None, False)
+            and options.dataset not in belongs.get(name, "openwebtext").split()
+        ):
             parser.error(f"--{name} is not for {options.dataset}, but for {belongs.get(name, 'openwebtext')}")
     if options.dataset == "text":
         if not options.name or not options.input:
@@ -269,7 +281,9 @@ def read_options(argv):
             parser.error(f"--name {options.name!r} is not a plain folder name")
     elif options.input and len(options.input) > 1:
         parser.error(f"--input {' '.join(options.input)}: {options.dataset} is one file")
-    if options.mirror and (options.source or not re.match("https?://", options.mirror)):
+    if options.source == "":
+        parser.error("--source names no folder")
+    if options.mirror is not None and (options.source or not re.match("https?://", options.mirror)):
         parser.error(f"--mirror {options.mirror} must begin with http:// or https://, and excludes --source")
     options.shards = read_shards(parser, options.shards)
     return options
@@ -277,7 +291,7 @@ def read_options(argv):
 
 def read_shards(parser, text):
     """ "0-3" -> range(0, 4)"""
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text or "0-20")
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", "0-20" if text is None else text)
     first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, -1)
     if not first <= last <= 20:
         parser.error(f"--shards {text} is neither a number from 0 to 20 nor a range like 0-3")

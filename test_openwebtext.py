@@ -59,7 +59,9 @@ def texts(seed, n):
     """Some documents with blank lines, blanks around them and characters of several bytes."""
     rng = random.Random(seed)
     words = ["query", "the", "Zwölf", "日本", "a", "<|endoftext|>", "x=1", "\n", "\n\n\n\n", "\r\n", "\t", "\u00a0"]
-    return [" \n" + " ".join(rng.choices(words, k=rng.randrange(3, 400))) + "\u3000\n" for _ in range(n)]
+    documents = [" \n" + " ".join(rng.choices(words, k=rng.randrange(3, 400))) + "\u3000\n" for _ in range(n)]
+    documents[7:9] = ["", " \n"]  # nothing but their end
+    return documents
 
 
 def archive_of(documents, n_members):
@@ -132,7 +134,7 @@ def hub(corpus):
         sums={},  # other than true
         faults=[],  # of the next requests to the store: functions of (handler, file, first byte)
         requests=[],  # (method, path, Range)
-        redirects=True,
+        tells=True,  # the size and the sum, while redirecting
     )
 
     class Handler(BaseHTTPRequestHandler):
@@ -148,11 +150,13 @@ def hub(corpus):
             data = state.files.get(name)
             if data is None:
                 return self.reply(404, {}, b"")
-            if state.redirects and not self.path.startswith("/store/"):
+            if not self.path.startswith("/store/"):
                 assert f"/resolve/{openwebtext.REVISION}/subsets/" in self.path
                 told = state.sums.get(name, hashlib.sha256(data).hexdigest())
                 head = {"Location": f"/store/{name}?signature={len(state.requests)}"}
-                return self.reply(302, head | {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{told}"'}, b"")
+                if state.tells:
+                    head |= {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{told}"'}
+                return self.reply(302, head, b"")
             if body is None and state.faults:
                 return state.faults.pop(0)(self, data)
             begin = int(re.match(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
@@ -237,6 +241,14 @@ def test_training_reads_it(corpus, gpt2_vocabulary):
     assert data.meta["vocab_size"] == 50257 and len(data.tokens("train")) == data.meta["train"]["tokens"]
 
 
+def test_what_was_kept_can_be_named_as_the_source(hub, corpus, gpt2_vocabulary):
+    assert prepare(f"--mirror={hub.url}", "--keep").returncode == 0
+    shutil.rmtree("data/openwebtext_3-5")
+    assert prepare(f"--source={PARTS}").returncode == 0
+    assert {p.name: p.read_bytes() for p in PARTS.iterdir()} == hub.files
+    check_result(corpus, kept=True)
+
+
 def test_kept_archives_are_used_again(hub, corpus, gpt2_vocabulary):
     assert prepare(f"--mirror={hub.url}", "--keep").returncode == 0
     check_result(corpus, kept=True)
@@ -319,7 +331,7 @@ def test_the_whole_corpus_is_checked_against_what_is_published(monkeypatch, gpt2
         ([cut(5000), cut(0), cut(70)], [None, "bytes=5000-", "bytes=5000-", "bytes=5070-"]),
         ([cut(5000), all_of_it], [None, "bytes=5000-"]),  # 200 where a range was asked for: begins anew
         ([status(503)], [None, None]),
-        ([status(429, **{"Retry-After": "1"})], [None, None]),
+        ([cut(5000), lambda h, d: h.reply(200, {}, b"a page")], [None, "bytes=5000-", "bytes=5000-"]),
         ([cut(5000), status(416)], [None, "bytes=5000-", None]),
         ([lambda h, d: h.reply(206, {"Content-Range": f"bytes 7-{len(d) - 1}/{len(d)}"}, d[7:])], [None, None]),
     ],
@@ -351,25 +363,26 @@ def test_back_off_doubles_and_ends(hub, monkeypatch):
     slept = []
     monkeypatch.setattr(download.time, "sleep", slept.append)
     monkeypatch.setattr(download, "BLOCK", 10)
-    hub.faults = [cut(100), status(500), cut(100)] + [status(503)] * 20
+    hub.faults = [cut(100), status(429, **{"Retry-After": "9"}), cut(100)] + [status(503)] * 20
     name = "urlsf_subset03.tar"
     url = f"{hub.url}/resolve/{openwebtext.REVISION}/subsets/{name}"
-    with pytest.raises(UserError, match="gave up after 7 tries .*503"):
-        download.fetch(url, Path(name), len(hub.files[name]), None, "", lambda have, speed: None)
+    with pytest.raises(UserError, match="gave up after 7 tries .*503.*--mirror"):
+        download.fetch(url, Path(name), len(hub.files[name]), None, openwebtext.HINT, lambda have, speed: None)
     slept = [seconds for seconds in slept if seconds]  # but for the server's
-    assert slept == [1, 2, 1, 2, 4, 8, 16, 32]  # the count begins anew when bytes have come
+    assert slept == [1, 9, 1, 2, 4, 8, 16, 32]  # the count begins anew when bytes have come
     assert Path(f"{name}.part").stat().st_size == 200
 
 
 def test_a_server_that_redirects_and_tells_nothing_more(hub):
-    hub.redirects = False
-    url = f"{hub.url}/urlsf_subset03.tar"
+    hub.tells = False
+    url = f"{hub.url}/resolve/{openwebtext.REVISION}/subsets/urlsf_subset03.tar"
     assert download.announced(url, "") == (len(hub.files["urlsf_subset03.tar"]), None)
 
 
 @pytest.mark.parametrize(
     "wrong, shard, words",
     [
+        ("address", 3, "a..b"),
         ("announced", 3, "has sha256"),  # the store has other bytes than the hub says
         ("published", 0, "is not the published file"),  # the hub has another file than this program knows
         ("missing", 6, "answers 404"),
@@ -378,7 +391,8 @@ def test_a_server_that_redirects_and_tells_nothing_more(hub):
 def test_a_wrong_file_is_refused(hub, wrong, shard, words, gpt2_vocabulary):
     hub.sums["urlsf_subset03.tar"] = "0" * 64
     hub.files["urlsf_subset00.tar"] = b"0" * 10240
-    done = run("prepare_data.py", "openwebtext", f"--shards={shard}", f"--mirror={hub.url}")
+    url = "http://a..b" if wrong == "address" else hub.url
+    done = run("prepare_data.py", "openwebtext", f"--shards={shard}", f"--mirror={url}")
     assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1
     if wrong == "missing":
         assert openwebtext.PARQUET_REVISION in done.stderr and "--source" in done.stderr
@@ -466,34 +480,37 @@ def start(*arguments):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def growing(pattern):
-    with contextlib.suppress(FileNotFoundError):  # gone between listing and looking
-        return any(path.stat().st_size for path in Path("data").rglob(pattern))
-    return False
+def wait_until_growing(pattern, process):
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError):  # gone between listing and looking
+            if any(path.stat().st_size for path in Path("data").rglob(pattern)):
+                return
+        time.sleep(0.001)
+    process.kill()
+    pytest.fail(f"no {pattern} was seen")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has other signals")
 @pytest.mark.parametrize(
     "moment, number",
     [
-        ("*03.tar.part", signal.SIGKILL),
-        ("03.tokens.tmp", signal.SIGINT),
-        ("05.tokens.tmp", signal.SIGKILL),
-        ("val.bin", signal.SIGKILL),
-        ("train.bin.tmp", signal.SIGINT),
-        ("train.bin.tmp", signal.SIGKILL),
+        ("*03.tar.part", "SIGKILL"),
+        ("03.tokens.tmp", "SIGINT"),
+        ("05.tokens.tmp", "SIGKILL"),
+        ("val.bin", "SIGKILL"),
+        ("train.bin.tmp", "SIGINT"),
+        ("train.bin.tmp", "SIGKILL"),
     ],
 )
 def test_stopped_anywhere_it_goes_on(hub, corpus, gpt2_vocabulary, moment, number):
     if "part" in moment:
         hub.faults = [cut(70_000, then_wait=5)]
     process = start(f"--mirror={hub.url}")
-    deadline = time.monotonic() + 60
-    while not growing(moment):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.001)
-    process.send_signal(number)
+    wait_until_growing(moment, process)
+    process.send_signal(getattr(signal, number))
     out, err = process.communicate(timeout=60)
-    if number == signal.SIGINT:
+    if number == "SIGINT":
         assert process.returncode == 130 and "the same command goes on" in out and err == ""
     finished = {path: path.stat().st_mtime_ns for path in PARTS.glob("*.json")}
     assert not Path("data/openwebtext_3-5").exists()
@@ -546,8 +563,7 @@ def test_too_little_room_is_told_before_anything_is_done(hub, monkeypatch, gpt2_
 def test_two_at_once_are_refused(hub, gpt2_vocabulary):
     pytest.importorskip("fcntl")
     process = start(f"--mirror={hub.url}")
-    while not growing("03.tokens.tmp"):
-        time.sleep(0.001)
+    wait_until_growing("03.tokens.tmp", process)
     second = prepare(f"--mirror={hub.url}")
     assert second.returncode == 1 and "another process is at work" in second.stderr
     process.kill()
@@ -587,6 +603,9 @@ def test_damaged_parts_are_named(corpus, gpt2_vocabulary, monkeypatch):
         (["--shards=all"], "--shards all"),
         (["--mirror=huggingface.co"], "--mirror huggingface.co"),
         (["--mirror=http://x", "--source=y"], "excludes --source"),
+        (["--shards="], "--shards"),
+        (["--source="], "--source"),
+        (["--mirror="], "--mirror"),
         (["--input=x"], "--input is not for openwebtext"),
     ],
 )

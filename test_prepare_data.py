@@ -208,7 +208,6 @@ def test_mistakes_are_told_and_leave_nothing_behind(monkeypatch):
         (["shakespeare", "--input", "one", "empty"], "one empty"),
         (["stdlib", "--input", "one"], "stdlib"),
         (["text", "--name=x", "--input", "latin", "./latin", "--tokenizer=byte"], "twice"),
-        (["openwebtext"], "openwebtext"),
         (["wikipedia"], "wikipedia"),
     ]
     for arguments, words in cases:

@@ -287,7 +287,11 @@ def test_damaged_or_short_data_are_refused(tiny_data):
 
 
 def test_a_missing_data_set_is_refused_with_the_command_that_prepares_it():
-    for name, command in (("openwebtext", "prepare_data.py openwebtext"), ("mine", "prepare_data.py text --name mine")):
+    for name, command in (
+        ("openwebtext", "prepare_data.py openwebtext$"),
+        ("openwebtext_0-3", "prepare_data.py openwebtext --shards 0-3$"),
+        ("mine", "prepare_data.py text --name mine"),
+    ):
         with pytest.raises(UserError, match=command):
             train.main([f"--dataset={name}", "--device=cpu"])
     assert not Path("out").exists()

@@ -181,8 +181,7 @@ def open_data(name, block_size):
     folder = prepare_data.DATA_DIR / name
     if rank() == 0 and not folder.exists():
         if name not in prepare_data.SMALL:
-            command = name if name == "openwebtext" else f"text --name {name} --input FILE_OR_FOLDER"
-            raise UserError(f"there is no data set {folder}; prepare it: python prepare_data.py {command}")
+            raise UserError(f"there is no data set {folder}; prepare it: {prepare_data.command(name)}")
         say(f"preparing {folder}")
         prepare_data.SMALL[name]()
     barrier()
