@@ -1,14 +1,19 @@
-"""Measure this machine: python bench.py data
+"""Measure this machine: python bench.py train | sample | data
 
-    data   OpenWebText's way from archives to tokens against tiktoken alone, its memory, and what the whole
-           corpus would take
+    train    steps of training in the three query modes: tokens/s, share of what the machine's matrix products
+             reach, memory, the time of the first step, and what the paper's run would take
+    sample   greedy generation in the three query modes
+    data     OpenWebText's way from archives to tokens against tiktoken alone, its memory, and what the whole
+             corpus would take
 
-Everything that is compared runs in turns in one go; told are medians and, in brackets, the extremes.
+--peer adds Hugging Face's GPT2LMHeadModel of the same shape (pip install transformers). All that is compared
+runs in turns in one go, after a warm-up; told are medians and, in brackets, the extremes.
 """
 
 import argparse
 import io
 import lzma
+import multiprocessing
 import random
 import statistics
 import subprocess
@@ -21,8 +26,14 @@ from pathlib import Path
 
 import numpy as np
 
-from command import Parser, clock, run_program, short
+from command import Parser, UserError, clock, run_program, short
 
+SHAPES = {
+    "small": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65),
+    "gpt3_small": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304),
+}
+PEER = "GPT2LMHeadModel"
+PAPER_TOKENS = 60_002 * 480 * 1024
 CORPUS_TOKENS = 9_040_017_095  # OpenWebText
 DOCUMENTS_IN_A_MEMBER = 390  # as there
 
@@ -36,6 +47,193 @@ def timed(function):
 
 def spread(values, form=short):
     return f"{form(statistics.median(values))} ({form(min(values))} to {form(max(values))})"
+
+
+# ---------------------------------------------------------------------------------------------------
+# train and sample. Torch is imported within, so that `data` measures a process without it.
+
+
+def build(name, options):
+    """A model of a query mode, or the peer, on its device."""
+    import torch
+
+    from model import GPT, GPTConfig
+
+    if name != PEER:
+        return GPT(GPTConfig(query_mode=name, **SHAPES[options.shape])).to(options.device)
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError:
+        raise UserError("--peer needs the package transformers: pip install transformers") from None
+
+    class Peer(torch.nn.Module):
+        """The peer behind this project's interface."""
+
+        def __init__(self, n_layer, n_head, n_embd, block_size, vocab_size):
+            super().__init__()
+            shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=block_size, vocab_size=vocab_size)
+            no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+            self.gpt2 = GPT2LMHeadModel(GPT2Config(**shape, **no_dropout, bos_token_id=None, eos_token_id=None))
+
+        def forward(self, x, y):
+            return None, self.gpt2(input_ids=x, labels=x, use_cache=False).loss
+
+        def generate(self, idx, n, temperature):
+            options = dict(max_new_tokens=n, do_sample=False, pad_token_id=0)
+            return self.gpt2.generate(idx, attention_mask=torch.ones_like(idx), **options)
+
+    return Peer(**SHAPES[options.shape]).to(options.device)
+
+
+class Training:
+    """Steps of train.py, of a query mode or of the peer, on random tokens."""
+
+    def __init__(self, name, options):
+        import torch
+
+        import train
+
+        flags = [
+            f"--{key}={getattr(options, key)}" for key in ("device", "batch_size", "compile") if getattr(options, key)
+        ]
+        flags += [f"--dtype={options.dtype}"] if options.dtype else []
+        settings, _ = train.read_command(["--gradient_accumulation_steps=1", *flags])
+        self.settings, self.steps = train.resolve(settings), 0
+        self.model, self.train_step = build(name, options), train.train_step
+        self.data = train.Data("random", SHAPES[options.shape]["block_size"])
+        self.optimizer = train.make_optimizer(self.model, self.settings)
+        self.scaler = torch.amp.GradScaler(options.device.split(":")[0], enabled=self.settings.dtype == "float16")
+        if self.settings.compile:
+            self.model.compile()
+
+    def run(self, steps):
+        for _ in range(steps):
+            loss, _ = self.train_step(self.model, self.optimizer, self.scaler, self.data, self.settings, self.steps)
+            self.steps += 1
+        return loss.item()  # waits for the device
+
+
+def write_random_tokens(folder, vocab_size):
+    import json
+
+    (folder / "random").mkdir()
+    tokens = np.random.default_rng(0).integers(0, vocab_size, 1 << 20).astype(np.uint16)
+    meta = {"vocab_size": vocab_size, "dtype": "uint16"}
+    for split in ("train", "val"):
+        tokens.tofile(folder / "random" / f"{split}.bin")
+        meta[split] = {"tokens": len(tokens)}
+    (folder / "random" / "meta.json").write_text(json.dumps(meta))
+
+
+def alone(name, options):
+    """In a process of its own: seconds to the end of the first step, peak memory in bytes."""
+    import prepare_data
+    from machine import peak_memory
+
+    prepare_data.DATA_DIR = options.data_dir
+    training = Training(name, options)
+    first, _ = timed(lambda: training.run(1))
+    training.run(2)
+    return first, peak_memory(training.settings.device)
+
+
+def matmul_flops(device, dtype):
+    """Operations a second of large matrix products."""
+    import torch
+
+    n = 8192 if device.startswith("cuda") else 2048
+    a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
+    (a @ a)[0, 0].item()  # warm-up
+    seconds, _ = timed(lambda: [a @ a for _ in range(4)][-1][0, 0].item())
+    return 4 * 2 * n**3 / seconds
+
+
+def bench_train(options):
+    import torch
+
+    import machine
+    import prepare_data
+    from model import QUERIES
+
+    names = [*QUERIES, *([PEER] if options.peer else [])]
+    with tempfile.TemporaryDirectory() as folder:
+        options.data_dir = prepare_data.DATA_DIR = Path(folder)
+        write_random_tokens(options.data_dir, SHAPES[options.shape]["vocab_size"])
+        first, memory = {}, {}
+        for name in names:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                first[name], memory[name] = pool.apply(alone, (name, options))
+        trainings = {name: Training(name, options) for name in names}
+        s = trainings["linear"].settings
+        tokens = s.batch_size * SHAPES[options.shape]["block_size"]
+        print(f"train: {options.shape} {SHAPES[options.shape]}, batch {s.batch_size}")
+        compiled = "compiled" if s.compile else "not compiled"
+        print(f"{machine.device_name(s.device)}, {s.dtype}, {compiled}, torch {torch.__version__}", flush=True)
+        for training in trainings.values():
+            training.run(3)
+        steps = max(1, round(options.seconds / timed(lambda: trainings["linear"].run(1))[0]))
+        rates, peaks = {name: [] for name in names}, []
+        for _ in range(options.repeats):
+            peaks.append(matmul_flops(s.device, s.dtype))
+            for name, training in trainings.items():
+                rates[name].append(steps * tokens / timed(lambda: training.run(steps))[0])
+        offsets, step_seconds = np.arange(s.batch_size), tokens / statistics.median(rates["linear"])
+        data = trainings["linear"].data
+        batch = statistics.median(timed(lambda: data.batch("train", offsets, 1 << 20, s.device))[0] for _ in range(50))
+        if options.profile:
+            profile(trainings["nonlinear"])
+    print(f"{'':15} {'tokens/s':26} {'step':>10} {'of matmul':>9} {'first step':>10} {'memory':>7}")
+    for name in names:
+        flops = trainings[name if name in QUERIES else "linear"].model.flops_per_token()
+        share = statistics.median(rate * flops / peak for rate, peak in zip(rates[name], peaks))
+        step = statistics.median(mine / other for mine, other in zip(rates["linear"], rates[name]))
+        tail = f"{step:9.3f}x {share:9.0%} {first[name]:9.1f}s {short(memory[name]):>6}B"
+        print(f"{name:15} {spread(rates[name]):26} {tail}")
+    print(f"matrix products alone: {spread(peaks)}FLOP/s; a batch takes {batch / step_seconds:.2%} of a linear step")
+    if options.shape == "gpt3_small":
+        for name in QUERIES:
+            hours = PAPER_TOKENS / statistics.median(rates[name]) / 3600
+            print(f"the paper's run, {name}: {PAPER_TOKENS / 1e9:.1f} billion tokens in {hours:,.0f} hours (projected)")
+
+
+def profile(training):
+    """Where a step's time goes, by operation."""
+    import torch
+
+    cuda = training.settings.device.startswith("cuda")
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
+    with torch.profiler.profile(activities=activities) as p:
+        training.run(5)
+    print(
+        p.key_averages().table(
+            sort_by=f"self_{'cuda' if cuda else 'cpu'}_time_total", row_limit=15, max_name_column_width=40
+        )
+    )
+
+
+def bench_sample(options):
+    import torch
+
+    import machine
+    from model import QUERIES
+
+    names = [*QUERIES, *([PEER] if options.peer else [])]
+    models = {name: build(name, options).eval() for name in names}
+    prompt = torch.zeros(options.batch_size, 1, dtype=torch.long, device=options.device)
+    print(
+        f"sample: {options.shape} {SHAPES[options.shape]}, batch {options.batch_size}, {options.new_tokens} tokens each"
+    )
+    print(f"{machine.device_name(options.device)}, float32, torch {torch.__version__}")
+    rates = {name: [] for name in names}
+    for turn in range(options.repeats + 1):
+        for name, model in models.items():
+            seconds, out = timed(lambda: model.generate(prompt, options.new_tokens, temperature=0).cpu())
+            assert out.size(1) == 1 + options.new_tokens
+            if turn:  # the first is the warm-up
+                rates[name].append(options.batch_size * options.new_tokens / seconds)
+    for name in names:
+        against = statistics.median(mine / other for mine, other in zip(rates[name], rates["linear"]))
+        print(f"{name:15} {spread(rates[name]):26} tokens/s {against:6.2f} of linear")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -162,15 +360,37 @@ def bench_data(options):
         )
 
 
-def main(argv=None):
+def read_options(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["data"])
+    parser.add_argument("what", choices=["train", "sample", "data"])
+    parser.add_argument("--shape", choices=SHAPES, default="small", help="train, sample: of the model")
+    parser.add_argument("--peer", action="store_true", help="train, sample: compare with transformers' GPT-2")
+    parser.add_argument("--batch_size", type=int, help="train, sample: sequences at a time; default 8, 1")
+    parser.add_argument("--device", help="train, sample: cpu, cuda, cuda:N or mps; default the first there is")
+    parser.add_argument("--dtype", help="train: float32, bfloat16 or float16; default as train.py")
+    parser.add_argument("--compile", help="train: true or false; default as train.py")
+    parser.add_argument("--profile", action="store_true", help="train: where the nonlinear step's time goes")
+    parser.add_argument("--new_tokens", type=int, default=240, help="sample: length")
+    parser.add_argument("--seconds", type=float, default=2.0, help="train: about the length of a turn")
     parser.add_argument("--megabytes", type=int, default=400, help="data: of text, half of it in the first run")
-    parser.add_argument("--repeats", type=int, default=3, help="turns")
+    parser.add_argument("--repeats", type=int, default=5, help="turns")
     options = parser.parse_args(argv)
-    if min(options.megabytes, options.repeats) < 1:
-        parser.error("--megabytes and --repeats are at least 1")
-    bench_data(options)
+    for name in ("batch_size", "new_tokens", "megabytes", "repeats"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name}={value} must be at least 1")
+    return options
+
+
+def main(argv=None):
+    options = read_options(argv)
+    if options.what == "data":
+        return bench_data(options)
+    from machine import pick_device
+
+    options.device = pick_device(options.device)
+    options.batch_size = options.batch_size or (8 if options.what == "train" else 1)
+    return bench_train(options) if options.what == "train" else bench_sample(options)
 
 
 if __name__ == "__main__":

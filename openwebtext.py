@@ -61,7 +61,7 @@ HINT = (
 )
 TOKEN_BYTES_PER_ARCHIVE_BYTE = 1.5  # 18.1 GB / 12.9 GB = 1.4, and a margin
 MEMBER_BYTES = 1 << 28  # no inner archive unpacks to more (the true ones to some 2 MB)
-GATHER_TOKENS = 1 << 26  # written at a time; documents are read in corpus order within
+GATHER_TOKENS = 1 << 25  # written at a time; documents are read in corpus order within
 
 
 def prepare(data_dir, shards, mirror, source, keep):
