@@ -103,8 +103,8 @@ class Training:
         self.data = train.Data("random", SHAPES[options.shape]["block_size"])
         self.optimizer = train.make_optimizer(self.model, self.settings)
         self.scaler = torch.amp.GradScaler(options.device.split(":")[0], enabled=self.settings.dtype == "float16")
-        if self.settings.compile:
-            self.model.compile()
+        if self.settings.compile and (name != PEER or self.settings.device.startswith("cuda")):
+            self.model.compile()  # as users of the peer do: not on a CPU
 
     def run(self, steps):
         for _ in range(steps):
@@ -219,6 +219,8 @@ def bench_sample(options):
 
     names = [*QUERIES, *([PEER] if options.peer else [])]
     models = {name: build(name, options).eval() for name in names}
+    for name in QUERIES:
+        models[name].for_generation()
     prompt = torch.zeros(options.batch_size, 1, dtype=torch.long, device=options.device)
     print(
         f"sample: {options.shape} {SHAPES[options.shape]}, batch {options.batch_size}, {options.new_tokens} tokens each"

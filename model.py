@@ -87,7 +87,7 @@ class IdentityQuery(nn.Module):
         super().__init__()
 
     def forward(self, x):
-        return x / 2
+        return 0.5 * x
 
 
 class NonlinearQuery(nn.Module):
@@ -109,7 +109,7 @@ class NonlinearQuery(nn.Module):
         return self.layer_norm(self.w_2(self.activation(self.w_1(self.rms_norm(x)))))
 
     def forward(self, x):
-        return (x + self.f(x)) / 2
+        return 0.5 * (x + self.f(x))
 
 
 QUERIES = {"linear": LinearQuery, "identity": IdentityQuery, "nonlinear": NonlinearQuery}
@@ -156,9 +156,8 @@ class Attention(nn.Module):
     def forward(self, x, cache=None):
         B, T, d = x.shape
         q = self.query(x)  # (B, T, d)
-        k, v = self.key_value(x).split(d, dim=2)  # (B, T, d) each
-        heads = (B, T, self.n_head, self.head_size)
-        q, k, v = (t.view(heads).transpose(1, 2) for t in (q, k, v))  # (B, n_head, T, head_size)
+        q = q.view(B, T, self.n_head, self.head_size).transpose(1, 2)  # (B, n_head, T, head_size)
+        k, v = self.key_value(x).view(B, T, 2, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)  # like q, each
         if self.qk_norm:
             q, k = (F.rms_norm(t, (self.head_size,), eps=1e-5) for t in (q, k))
         if cache is not None:
@@ -237,12 +236,11 @@ class GPT(nn.Module):
             raise NotImplementedError(f"no rule initialises {name} (of {type(module).__name__}); add one to GPT._init")
 
     def forward(self, idx, targets=None, cache=None):
-        """idx (B, T) token ids -> (logits, loss).
+        """idx (B, T) token ids -> (logits (B, T, V), None), or (None, loss) with targets.
 
-        Without a cache, logits are (B, T, V). With targets (B, T), the tokens that follow, loss is the
-        mean cross-entropy in nats over the targets that are not -1; else it is None. With a cache (a
-        list of one KVCache per layer) idx continues the tokens seen so far, by one token unless the
-        cache is empty, and only the last position's logits (B, 1, V) are computed.
+        targets (B, T) are the tokens that follow; loss is the mean cross-entropy in nats over those that
+        are not -1. With a cache (a list of one KVCache per layer) idx continues the tokens seen so far,
+        by one token unless the cache is empty, and only the last position's logits (B, 1, V) are computed.
         Raises ValueError past block_size tokens.
         """
         T = idx.size(1)
@@ -257,21 +255,31 @@ class GPT(nn.Module):
             x = block(x, cache[layer] if cache else None)
         if cache:
             x = x[:, -1:]  # (B, 1, d): sampling needs no other position
-        logits = self.lm_head(self.ln_f(x))  # (B, T, V)
+        x = self.ln_f(x)
         if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+            return self.lm_head(x), None  # (B, T, V)
+        return None, linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+
+    def for_generation(self):
+        """The model in eval mode, its weights laid out for what generation does with them -> self."""
+        for module in self.modules():
+            tall = isinstance(module, nn.Linear) and module.out_features > module.in_features
+            if (
+                tall and module.weight.device.type == "cpu"
+            ):  # where columns are faster to read for a product with a vector
+                module.weight.data = module.weight.data.t().contiguous().t()
+        return self.eval()
 
     def generate(self, idx, max_new_tokens, **sampling):
         """idx (B, T) -> (B, T + max_new_tokens); see `stream`, which it collects."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, **sampling)], dim=1)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
         """Continue idx (B, T), 1 <= T <= block_size, and yield each new token (B, 1) as it is drawn.
 
         temperature 0 takes the likeliest token; top_k keeps the k likeliest; top_p keeps the fewest
-        whose probabilities reach p. Call eval() first where dropout is on. Cached keys and values
+        whose probabilities reach p. Call for_generation() first. Cached keys and values
         give exactly what a full forward pass would, up to block_size tokens. Past it every position
         would shift and no cached key stay valid: the context is then cut to its last half and read
         afresh, so from then on between block_size/2 and block_size tokens are seen.
@@ -306,6 +314,50 @@ class GPT(nn.Module):
         """
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+
+
+# ---------------------------------------------------------------------------------------------------
+# The loss. Logits of all positions would be the largest tensor of a step, and their gradient another one.
+
+
+LOGITS_AT_ONCE = 2**27  # half a gigabyte in float32
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropies of softmax(x weightᵀ), whose logits are computed, used and forgotten in parts."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, with_gradients):
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        w, rows = weight.to(dtype), max(1, LOGITS_AT_ONCE // len(weight))
+        dx, dw = (torch.zeros_like(t) if with_gradients else None for t in (x, weight))
+        precise = torch.promote_types(dtype, torch.float32)
+        total = torch.zeros((), device=x.device, dtype=precise)
+        for start in range(0, len(x), rows):
+            part = slice(start, start + rows)
+            x_part, target = x[part].to(dtype), targets[part, None]  # (rows, d), (rows, 1)
+            log_p = F.linear(x_part, w).log_softmax(dim=1, dtype=precise)  # (rows, V)
+            kept, target = target >= 0, target.clamp(min=0)
+            total -= log_p.gather(1, target).masked_fill(~kept, 0.0).sum()
+            if with_gradients:
+                d_logits = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=precise))
+                d_logits = (d_logits * kept).to(dtype)  # softmax minus one-hot
+                dx[part] = d_logits @ w
+                dw += d_logits.T @ x_part
+        ctx.save_for_backward(dx, dw)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        return dx * grad, dw * grad, None, None
+
+
+def linear_cross_entropy(x, weight, targets):
+    """Mean of the cross-entropies, in nats, of logits x weightᵀ; x (N, d), weight (V, d), targets (N), -1: left out."""
+    total = LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())
+    return total / (targets >= 0).sum()
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ import numpy as np
 
 import download
 from command import UserError, clock, short
+from files import locked, new_file
 from tokenizer import GPT2Tokenizer
 
 HUB = "https://huggingface.co"
@@ -75,7 +76,6 @@ def prepare(data_dir, shards, mirror, source, keep):
         leftover = f" ({parts} is not needed for it)" if parts.exists() else ""
         raise UserError(f"{target} exists already; delete it to prepare it anew{leftover}")
     tokenizer = GPT2Tokenizer(has_eot=True)
-    parts.mkdir(parents=True, exist_ok=True)
     try:
         with locked(parts):
             shutil.rmtree(parts / target.name, ignore_errors=True)  # where gathering was killed
@@ -90,37 +90,12 @@ def prepare(data_dir, shards, mirror, source, keep):
     except OSError as e:
         reason = f"{e.filename or parts}: {e.strerror or e}"
         raise UserError(f"{reason}; what is finished is kept, and the same command goes on") from None
-    finally:
-        with contextlib.suppress(OSError):
-            parts.rmdir()  # where nothing is left in it
 
 
 def dataset_name(shards):
     if len(shards) == N_SHARDS:
         return "openwebtext"
     return "openwebtext_" + "-".join(str(shard) for shard in sorted({shards[0], shards[-1]}))
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """Refuse to work in a folder where another process does; the system drops the lock when a process dies.
-
-    Where there are no such locks (Windows, some network file systems), nothing is refused.
-    """
-    with open(folder / "lock", "w") as f:
-        try:
-            import fcntl
-
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is at work in {folder}") from None
-        except (ImportError, OSError):
-            pass
-        try:
-            yield
-        finally:
-            with contextlib.suppress(PermissionError):  # Windows does not delete what is open
-                os.unlink(f.name)
 
 
 def make_parts(parts, shards, tokenizer, mirror, source, keep):
@@ -231,18 +206,6 @@ def tokenize(archive, path, parts, tokenizer, progress):
 
 
 PART_FILES = ("tokens", "lengths", "json")
-
-
-@contextlib.contextmanager
-def new_file(path):
-    """A binary file that appears under its name when all of it is written, and not at all on an error."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as f:
-            yield f
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def n_threads():

@@ -10,9 +10,9 @@ Every file but metrics.jsonl, which only grows, is written under a temporary nam
 Nothing that is read from it is executed.
 """
 
+import contextlib
 import json
 import math
-import os
 import platform
 import subprocess
 from dataclasses import asdict
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from command import UserError
+from files import locked, new_file
 from machine import device_name, world_size
 from model import GPT, GPTConfig
 
@@ -38,15 +39,16 @@ class RunFolder:
     def holds(self, name):
         return (self.path / name).exists()
 
-    def replace(self, name, write):
-        """Call write(temporary path), then move the file into place: nobody ever sees half of it."""
-        temporary = self.path / f".{name}.tmp"
-        write(temporary)
-        os.replace(temporary, self.path / name)
+    def lock(self):
+        """Held by the one process that writes here."""
+        return locked(self.path)
 
     def write_json(self, name, content):
-        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        self.replace(name, lambda path: path.write_text(text, encoding="utf-8"))
+        self.write_text(name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+    def write_text(self, name, text):
+        with new_file(self.path / name) as f:
+            f.write(text.encode())
 
     def read_json(self, name):
         try:
@@ -56,12 +58,11 @@ class RunFolder:
 
     def begin(self, record, step):
         """Write config.json and take from metrics.jsonl what an earlier sitting logged after this step."""
-        self.path.mkdir(parents=True, exist_ok=True)
         self.write_json("config.json", record)
         metrics = self.path / "metrics.jsonl"
         lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        self.replace("metrics.jsonl", lambda path: path.write_text("".join(kept), encoding="utf-8"))
+        self.write_text("metrics.jsonl", "".join(kept))
 
     def log(self, values):
         """Append a line to metrics.jsonl; what JSON cannot hold (an infinite gradient norm) becomes null."""
@@ -70,27 +71,58 @@ class RunFolder:
             f.write(json.dumps(values) + "\n")
 
     def save(self, name, checkpoint):
-        self.replace(name, lambda path: torch.save(checkpoint, path))
+        """Write a checkpoint; where that fails, the one that was there stays."""
+        path = self.path / name
+        try:
+            with new_file(path) as f:
+                torch.save(checkpoint, f)
+        except (OSError, RuntimeError) as e:  # torch's own for a file that it could not finish
+            reason = e.strerror if isinstance(e, OSError) else e.__cause__ or e.__context__ or e
+            kept = "the one before it is kept" if path.exists() else "there is none yet"
+            raise UserError(f"{path} could not be written ({str(reason).splitlines()[0]:.150}); {kept}") from None
 
     def load(self, name):
-        """A checkpoint, on the CPU."""
-        try:
-            return torch.load(self.path / name, map_location="cpu", weights_only=True)
-        except Exception as e:  # torch raises many kinds for a file that is not one of its own
-            reason = str(e).splitlines()[0] if str(e) else "truncated"
-            raise UserError(
-                f"{self.path / name} cannot be read as a checkpoint ({type(e).__name__}: {reason:.150})"
-            ) from None
+        """A checkpoint that this class saved, on the CPU."""
+        path, checkpoint = self.path / name, load_checkpoint(self.path / name)
+        missing = {"model", "config", "tokenizer", "state"} - (
+            checkpoint.keys() if isinstance(checkpoint, dict) else set()
+        )
+        if missing:
+            raise UserError(f"{path} is no checkpoint of this project: it has no {', '.join(sorted(missing))}")
+        return checkpoint
 
     def load_model(self, device):
-        """The best model, or the last where none is marked best -> (GPT in eval mode, its tokenizer's spec)."""
+        """The best model, or the last where none is marked best -> (GPT ready to generate, its tokenizer's spec)."""
         name = next((name for name in ("best.pt", "ckpt.pt") if self.holds(name)), None)
         if name is None:
             raise UserError(f"{self.path} holds no trained model (neither best.pt nor ckpt.pt)")
         checkpoint = self.load(name)
-        model = GPT(GPTConfig(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["model"])
-        return model.to(device).eval(), checkpoint["tokenizer"]
+        with fitting(self.path / name):
+            model = GPT(GPTConfig(**checkpoint["config"]))
+            model.load_state_dict(checkpoint["model"])
+        return model.to(device).for_generation(), checkpoint["tokenizer"]
+
+
+def load_checkpoint(path):
+    """What torch.save wrote to a file, on the CPU; tensors and plain values alone, nothing is executed."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises many kinds for a file that is not one of its own
+        reason = str(e).splitlines()[0] if str(e) else "truncated"
+        raise UserError(
+            f"{path} cannot be read as a checkpoint ({type(e).__name__}: {reason:.150}); it is damaged or not one: "
+            "put a good copy in its place"
+        ) from None
+
+
+@contextlib.contextmanager
+def fitting(path):
+    """What a checkpoint holds is put to use within; where it does not fit together, the file is named."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
+        reason = str(e).replace("\n\t", " ").splitlines()[0]
+        raise UserError(f"{path} does not fit its own config ({reason:.200}); put a good copy in its place") from None
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -70,17 +70,19 @@ def main(argv=None):
     prompt = encode_prompt(options.prompt, tokenizer, model.config.block_size).to(device)
     generator = torch.Generator(device).manual_seed(options.seed)
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
-    for number in range(options.num_samples):
-        # Characters may be cut between tokens: the decoder holds back what is not complete yet.
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        print("-" * 79 if number else "", end="\n" if number else "")
-        if options.prompt is not None:
-            print(decoder.decode(tokenizer.decode(prompt[0].tolist())), end="")
-        for token in model.stream(
-            prompt, options.max_new_tokens, options.temperature, options.top_k, options.top_p, generator
-        ):
-            print(decoder.decode(tokenizer.decode(token[0].tolist())), end="", flush=True)
-        print()
+    # Characters may be cut between tokens: a decoder holds back what is not complete yet.
+    decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(options.num_samples)]
+    begin = tokenizer.decode(prompt[0].tolist()) if options.prompt is not None else b""
+    texts = [decoder.decode(begin) for decoder in decoders]
+    print(texts[0], end="", flush=True)
+    sampling = (options.max_new_tokens, options.temperature, options.top_k, options.top_p, generator)
+    for tokens in model.stream(prompt.expand(options.num_samples, -1), *sampling):
+        new = [decoder.decode(tokenizer.decode(ids)) for decoder, ids in zip(decoders, tokens.tolist())]
+        print(new[0], end="", flush=True)  # the first is shown as it is written, the others when they are done
+        texts = [text + more for text, more in zip(texts, new)]
+    print()
+    for text in texts[1:]:
+        print("-" * 79, text, sep="\n")
     return 0
 
 

@@ -5,9 +5,11 @@ from dataclasses import asdict
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, GPTConfig, KVCache, sample
+import model as model_module
+from model import GPT, GPTConfig, KVCache, linear_cross_entropy, sample
 
 MODES = ["linear", "identity", "nonlinear"]
 SMALL = {"block_size": 16, "vocab_size": 50, "n_layer": 3, "n_head": 4, "n_embd": 32}
@@ -96,7 +98,7 @@ def test_logits_loss_and_gradients_equal_an_independent_forward_pass(overrides):
     model = small(**overrides)
     idx, targets = tokens(2, 16), tokens(2, 16, seed=1)
     targets[0, :5] = -1  # left out of the loss
-    logits, loss = model(idx, targets)
+    logits, (_, loss) = model(idx)[0], model(idx, targets)
     loss.backward()
 
     w = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
@@ -110,6 +112,40 @@ def test_logits_loss_and_gradients_equal_an_independent_forward_pass(overrides):
     torch.testing.assert_close(loss, expected_loss, rtol=1e-10, atol=1e-10)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, w[name].grad, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_layout_for_generation_changes_no_value(mode):
+    model, same = small(query_mode=mode, dropout=0.5).train(), small(query_mode=mode, dropout=0.5)
+    assert model.for_generation() is model and not model.training
+    for (name, ours), (_, theirs) in zip(model.state_dict().items(), same.state_dict().items()):
+        assert torch.equal(ours, theirs), name
+    assert model.lm_head.weight is model.wte.weight
+    torch.testing.assert_close(model(tokens(2, 16))[0], same(tokens(2, 16))[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 7, 100])
+def test_the_loss_in_parts_equals_the_loss_at_once(rows, dtype, monkeypatch):
+    monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", rows * 50)
+    targets = torch.randint(-1, 50, (41,), generator=torch.Generator().manual_seed(0))
+    results = []
+    for compute in ("parts", "once"):
+        x = torch.randn(41, 24, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        w = torch.randn(50, 24, generator=torch.Generator().manual_seed(2), requires_grad=True)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            if compute == "parts":
+                loss = linear_cross_entropy(x, w, targets)
+            else:
+                loss = F.cross_entropy(x @ w.T, targets, ignore_index=-1)
+        (3 * loss).backward()
+        results.append((loss.detach(), x.grad, w.grad))
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(x, w, targets), loss.detach(), rtol=0.02, atol=0)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for parts, once in zip(*results):
+        assert parts.dtype == torch.float32
+        torch.testing.assert_close(parts, once, rtol=tolerance, atol=tolerance * once.abs().max().item())
 
 
 @pytest.mark.parametrize(

@@ -496,11 +496,11 @@ def wait_until_growing(pattern, process):
     "moment, number",
     [
         ("*03.tar.part", "SIGKILL"),
-        ("03.tokens.tmp", "SIGINT"),
-        ("05.tokens.tmp", "SIGKILL"),
+        (".03.tokens.tmp", "SIGINT"),
+        (".05.tokens.tmp", "SIGKILL"),
         ("val.bin", "SIGKILL"),
-        ("train.bin.tmp", "SIGINT"),
-        ("train.bin.tmp", "SIGKILL"),
+        (".train.bin.tmp", "SIGINT"),
+        (".train.bin.tmp", "SIGKILL"),
     ],
 )
 def test_stopped_anywhere_it_goes_on(hub, corpus, gpt2_vocabulary, moment, number):
@@ -528,7 +528,7 @@ def test_a_full_disk_leaves_what_is_finished(hub, corpus, gpt2_vocabulary):
     done = prepare_limited(hub, tokens)  # in bytes: every shard's tokens fit, train.bin does not
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "File too large" in done.stderr and "what is finished is kept" in done.stderr
-    assert len(list(PARTS.glob("*.json"))) == 3 and not list(PARTS.rglob("*.tmp"))
+    assert len(list(PARTS.glob("*.json"))) == 3 and not list(PARTS.rglob("*.tmp*"))
     assert prepare(f"--mirror={hub.url}").returncode == 0
     check_result(corpus)
 
@@ -563,7 +563,7 @@ def test_too_little_room_is_told_before_anything_is_done(hub, monkeypatch, gpt2_
 def test_two_at_once_are_refused(hub, gpt2_vocabulary):
     pytest.importorskip("fcntl")
     process = start(f"--mirror={hub.url}")
-    wait_until_growing("03.tokens.tmp", process)
+    wait_until_growing(".03.tokens.tmp", process)
     second = prepare(f"--mirror={hub.url}")
     assert second.returncode == 1 and "another process is at work" in second.stderr
     process.kill()

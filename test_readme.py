@@ -8,6 +8,8 @@ import subprocess
 import pytest
 import torch
 
+import bench
+import import_checkpoint
 import prepare_data
 import sample
 import train
@@ -29,6 +31,10 @@ def test_each_command_is_understood(line, monkeypatch):
         train.resolve(train.read_command(arguments)[0])
     elif program == "sample.py":
         sample.read_options(arguments)
+    elif program == "bench.py":
+        bench.read_options(arguments)
+    elif program == "import_checkpoint.py":
+        assert import_checkpoint.read_command(arguments)
     elif program == "prepare_data.py":
         prepare_data.read_options(arguments)
     else:

@@ -28,7 +28,7 @@ import prepare_data
 from command import UserError, clock, list_settings, read_settings, run_program, short
 from machine import StopSignal, autocast, barrier, rank, say, sum_over_ranks, world_size
 from model import GPT, GPTConfig, stream_seed
-from run_folder import RunFolder, check_resume, describe
+from run_folder import RunFolder, check_resume, describe, fitting
 
 # ---------------------------------------------------------------------------------------------------
 # Settings. The comment behind a setting is what --help prints; None is written "auto".
@@ -169,6 +169,12 @@ class Data:
         for window, offset in zip(windows, offsets):
             part = tokens[offset : min(offset + self.block_size + 1, stop)]
             window[: len(part)] = part
+        largest, vocab_size = int(windows.max()), self.meta["vocab_size"]
+        if largest >= vocab_size:
+            raise UserError(
+                f"{self.folder / f'{split}.bin'} holds the token id {largest}, but its vocabulary has {vocab_size:,}; "
+                "prepare it anew"
+            )
         windows = torch.from_numpy(windows)
         if device.startswith("cuda"):  # from pinned memory the copy overlaps with computation
             windows = windows.pin_memory().to(device, non_blocking=True)
@@ -330,11 +336,12 @@ class Run:
             self.folder.begin(record, self.state["step"] if self.state["val"] else -1)
 
     def restore(self, checkpoint):
-        self.model.load_state_dict(checkpoint["model"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        if self.scaler.is_enabled() and checkpoint["scaler"]:  # both sittings in float16
-            self.scaler.load_state_dict(checkpoint["scaler"])
-        self.state = checkpoint["state"]
+        with fitting(f"{self.folder}/ckpt.pt"):
+            self.model.load_state_dict(checkpoint["model"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            if self.scaler.is_enabled() and checkpoint["scaler"]:  # both sittings in float16
+                self.scaler.load_state_dict(checkpoint["scaler"])
+            self.state = {key: checkpoint["state"][key] for key in self.state}
 
     def introduce(self, parameters):
         s, meta = self.s, self.data.meta
@@ -370,7 +377,7 @@ class Run:
             if state["step"] % s.log_interval == 0 or state["step"] == 1:
                 self.log_step(loss, norm)
                 self.start_lap()
-            if sum_over_ranks(stop.number, s.device):
+            if sum_over_ranks(stop.number, "cpu"):  # a signal to one stops all; the GPU is not waited for
                 self.check_finite(self.health)
                 self.save("ckpt.pt")
                 barrier()  # no process ends, and takes the others along, before the checkpoint is in place
@@ -493,6 +500,9 @@ def advice(s):
         if s.compile and type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
             reason = f"{type(e).__name__}: {str(e).splitlines()[0]:.200}"
             raise UserError(f"torch.compile failed ({reason}); --compile=false does without it") from e
+        if isinstance(e, dist.DistError) or "gloo" in str(e):
+            reason = f"{str(e).splitlines()[0]:.150}" if str(e) else type(e).__name__
+            raise UserError(f"another process of this run has ended, or cannot be reached ({reason})") from e
         raise
 
 
@@ -510,17 +520,18 @@ def main(argv=None):
         torch.cuda.set_device(s.device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
     if processes > 1:
-        dist.init_process_group("nccl" if on_cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
     launcher = ["torchrun", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else ["python"]
     try:
         with advice(s):
             run = Run(s, model_args, shlex.join([*launcher, "train.py", *argv]))
-            run.open()
-            if s.eval_only:
-                run.evaluate()
-                return 0
-            with StopSignal() as stop:
-                return run.loop(stop)
+            with run.folder.lock() if run.writes else contextlib.nullcontext():
+                run.open()
+                if s.eval_only:
+                    run.evaluate()
+                    return 0
+                with StopSignal() as stop:
+                    return run.loop(stop)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
