@@ -373,9 +373,9 @@ def read_options(argv):
     parser.add_argument("--compile", help="train: true or false; default as train.py")
     parser.add_argument("--profile", action="store_true", help="train: where the nonlinear step's time goes")
     parser.add_argument("--new_tokens", type=int, default=240, help="sample: length")
-    parser.add_argument("--seconds", type=float, default=2.0, help="train: about the length of a turn")
+    parser.add_argument("--seconds", type=float, default=1.0, help="train: about the length of a turn")
     parser.add_argument("--megabytes", type=int, default=400, help="data: of text, half of it in the first run")
-    parser.add_argument("--repeats", type=int, default=5, help="turns")
+    parser.add_argument("--repeats", type=int, default=9, help="turns")
     options = parser.parse_args(argv)
     for name in ("batch_size", "new_tokens", "megabytes", "repeats"):
         value = getattr(options, name)

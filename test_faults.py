@@ -4,9 +4,9 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,12 @@ from conftest import ROOT, run
 from run_folder import RunFolder
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and POSIX signals")
+
+
+def slow(test):
+    """Real processes, some of them killed: pytest -m slow."""
+    return pytest.mark.slow(posix(test))
+
 
 # Each start is a fork of one process that has torch loaded and in use, so that twenty take seconds.
 KILLER = """
@@ -67,7 +73,7 @@ def assert_same(a, b):
         assert a == b
 
 
-@posix
+@slow
 def test_killed_twenty_times_it_ends_as_if_it_had_not_been(tiny_config):
     flags = ["--max_iters=2500", "--eval_interval=10", "--eval_tokens=16", "--log_interval=5", "--dropout=0.2"]
     Path("killer.py").write_text(KILLER.format(root=str(ROOT), flags=flags))
@@ -85,7 +91,7 @@ def test_killed_twenty_times_it_ends_as_if_it_had_not_been(tiny_config):
     assert not list(Path("out/killed").glob("*.tmp"))
 
 
-@posix
+@slow
 def test_a_full_disk_while_saving_keeps_the_checkpoint_before(tiny_config):
     resource = pytest.importorskip("resource")
     flags = [tiny_config, "--log_interval=1"]
@@ -161,7 +167,7 @@ def test_token_ids_beyond_the_vocabulary_are_never_trained_on(tiny_config):
     assert not Path("out/tiny/ckpt.pt").exists()
 
 
-@posix
+@slow
 def test_two_runs_in_one_folder_at_once_are_refused(tiny_config):
     flags = [tiny_config, "--max_iters=100000", "--eval_interval=50000", "--eval_tokens=16"]
     command = [sys.executable, str(ROOT / "train.py"), *flags]
@@ -184,26 +190,80 @@ def test_two_runs_in_one_folder_at_once_are_refused(tiny_config):
     assert not Path("out/tiny/.lock").exists()
 
 
-@posix
-def test_where_a_rank_dies_the_other_does_not_wait_for_it(tiny_config):
-    """As torchrun starts them, but without torchrun, which would end the other one by itself."""
-    flags = [tiny_config, "--max_iters=100000", "--eval_interval=50000", "--eval_tokens=16"]
+# ---------------------------------------------------------------------------------------------------
+# Two processes, started as torchrun does, but without torchrun, which would end them by itself.
+
+RANK = """
+import os, sys
+sys.path.insert(0, {root!r})
+import command, train
+
+step = train.train_step
+
+def spoilt(model, optimizer, scaler, data, s, number):
+    loss, norm = step(model, optimizer, scaler, data, s, number)
+    return (loss * float("nan"), norm) if number == 3 and os.environ["RANK"] == "1" else (loss, norm)
+
+if "spoil" in sys.argv:
+    sys.argv.remove("spoil")
+    train.train_step = spoilt
+command.run_program(train.main)
+"""
+
+
+@pytest.fixture
+def two_ranks(tiny_config):
+    """A function that starts a run of two ranks and waits until it has done two steps."""
+    Path("rank.py").write_text(RANK.format(root=str(ROOT)))
     ranks = []
-    for rank in range(2):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
-        command = [sys.executable, str(ROOT / "train.py"), *flags]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        ranks.append(subprocess.Popen(command, env=environment, **pipes))
-    try:
-        for line in ranks[0].stdout:
-            if line.startswith("step 2/"):
-                break
-        ranks[1].kill()
-        began = time.monotonic()
-        _, errors = ranks[0].communicate(timeout=60)
-        assert ranks[0].returncode == 1 and time.monotonic() - began < 60
-        assert "another process of this run has ended" in errors and "Traceback" not in errors
-    finally:
-        for process in ranks:
-            process.kill()
+
+    def start(*flags):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = str(s.getsockname()[1])
+        for rank in range(2):
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            command = [sys.executable, "rank.py", tiny_config, "--log_interval=2", *flags]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            ranks.append(subprocess.Popen(command, env=environment, **pipes))
+        assert any(line.startswith("step 2/") for line in ranks[0].stdout)
+        return ranks
+
+    yield start
+    for process in ranks:
+        process.kill()
+
+
+LONG = ["--max_iters=100000", "--eval_interval=50000", "--eval_tokens=16"]
+
+
+@slow
+def test_where_a_rank_dies_the_other_does_not_wait_for_it(two_ranks):
+    ranks = two_ranks(*LONG)
+    ranks[1].kill()
+    _, errors = ranks[0].communicate(timeout=60)
+    assert ranks[0].returncode == 1
+    assert "another process of this run has ended" in errors and "Traceback" not in errors
+
+
+@slow
+def test_a_signal_to_one_rank_stops_both_and_one_process_goes_on(two_ranks, tiny_config):
+    ranks = two_ranks(*LONG)
+    ranks[1].send_signal(signal.SIGTERM)
+    out, _ = ranks[0].communicate(timeout=60)
+    assert "and saved; go on with" in out
+    assert (ranks[0].returncode, ranks[1].wait(timeout=60)) == (143, 143)
+    step = RunFolder("out/tiny").load("ckpt.pt")["state"]["step"]
+    assert step >= 2
+    train.main([tiny_config, *LONG[1:], "--resume", "--lr_decay_iters=100000", f"--max_iters={step + 3}"])
+    assert RunFolder("out/tiny").load("ckpt.pt")["state"]["step"] == step + 3
+    assert [sitting["processes"] for sitting in RunFolder("out/tiny").read_json("config.json")["resumed"]] == [1]
+
+
+@slow
+def test_a_loss_that_is_not_finite_on_one_rank_stops_both(two_ranks):
+    ranks = two_ranks("spoil", *LONG)
+    for process in ranks:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 1 and "the loss is not finite" in errors and "Traceback" not in errors

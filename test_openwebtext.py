@@ -491,6 +491,7 @@ def wait_until_growing(pattern, process):
     pytest.fail(f"no {pattern} was seen")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has other signals")
 @pytest.mark.parametrize(
     "moment, number",

@@ -398,6 +398,7 @@ def test_n_steps_and_n_more_equal_twice_n_bit_for_bit(tiny_config, whole_run):
     assert_same_run("out/b", whole_run)
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_the_resumed_run_equals_an_undisturbed_one(tiny_config):
     flags = [tiny_config, "--max_iters=4000", "--eval_interval=2000", "--eval_tokens=16", "--log_interval=20"]
     shorter = ["--max_iters=150", "--lr_decay_iters=4000"]

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import sys
 import time
 import typing
@@ -383,7 +384,7 @@ class Run:
                 barrier()  # no process ends, and takes the others along, before the checkpoint is in place
                 resume = self.command if s.resume else f"{self.command} --resume"
                 say(f"stopped after step {state['step']} and saved; go on with: {resume}")
-                return 128 + stop.number
+                return 128 + (stop.number or signal.SIGTERM)  # a rank that was not told stops like one that was
 
     def start_lap(self):
         self.lap_steps, self.lap_start = 0, time.perf_counter()
