@@ -181,6 +181,20 @@ def test_the_gpt2_vocabulary_is_gpt2s(gpt2_vocabulary):
     assert GPT2Tokenizer(False).encode(b"hello world").tolist() == [31373, 995]
 
 
+def test_text_that_reads_like_a_special_token_is_text(gpt2_vocabulary, monkeypatch):
+    import tiktoken
+
+    assert GPT2Tokenizer(True).encode(b"a <|endoftext|>").tolist() == [64, 1279, 91, 437, 1659, 5239, 91, 29]
+    for old in (lambda self, text, **_: self.encode(text, allowed_special="all"), None):  # 0.9 and 0.10; before
+        with monkeypatch.context() as patch:
+            if old is None:
+                patch.delattr(tiktoken.Encoding, "encode_to_numpy")
+            else:
+                patch.setattr(tiktoken.Encoding, "encode_to_numpy", lambda *a, **k: np.array(old(*a, **k)))
+            with pytest.raises(UserError, match="too old"):
+                GPT2Tokenizer(True)
+
+
 # ---------------------------------------------------------------------------------------------------
 # Mistakes: one line, no traceback, nothing half-written.
 

@@ -70,6 +70,9 @@ class GPT2Tokenizer:
                 "the GPT-2 vocabulary could not be loaded; set TIKTOKEN_CACHE_DIR to a folder that holds it, "
                 f"or use char or byte tokens, which need no download ({type(e).__name__}: {str(e)[:150]})"
             ) from e
+        # Before 0.11, encode_to_numpy takes a text that reads like a special token for one, or is not there.
+        if not hasattr(self.bpe, "encode_to_numpy") or 50256 in self.encode(EOT_TEXT):
+            raise UserError(f"tiktoken {tiktoken.__version__} is too old; pip install --upgrade 'tiktoken>=0.11'")
 
     def encode(self, data):
         # What looks like a special token is text; encode_ordinary would make a Python list on the way.
