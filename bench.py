@@ -14,6 +14,7 @@ import argparse
 import io
 import lzma
 import multiprocessing
+import os
 import random
 import statistics
 import subprocess
@@ -99,6 +100,8 @@ class Training:
         flags += [f"--dtype={options.dtype}"] if options.dtype else []
         settings, _ = train.read_command(["--gradient_accumulation_steps=1", *flags])
         self.settings, self.steps = train.resolve(settings), 0
+        if self.settings.device.startswith("cuda"):
+            torch.set_float32_matmul_precision("high")  # as train.py does
         self.model, self.train_step = build(name, options), train.train_step
         self.data = train.Data("random", SHAPES[options.shape]["block_size"])
         self.optimizer = train.make_optimizer(self.model, self.settings)
@@ -118,10 +121,10 @@ def write_random_tokens(folder, vocab_size):
 
     (folder / "random").mkdir()
     tokens = np.random.default_rng(0).integers(0, vocab_size, 1 << 20).astype(np.uint16)
-    meta = {"vocab_size": vocab_size, "dtype": "uint16"}
+    meta = {"vocab_size": vocab_size, "dtype": "uint16", "source": "random", "tokenizer": {"kind": "none"}}
     for split in ("train", "val"):
         tokens.tofile(folder / "random" / f"{split}.bin")
-        meta[split] = {"tokens": len(tokens)}
+        meta[split] = {"tokens": len(tokens), "text_bytes": len(tokens), "sha256": ""}
     (folder / "random" / "meta.json").write_text(json.dumps(meta))
 
 
@@ -131,6 +134,7 @@ def alone(name, options):
     from machine import peak_memory
 
     prepare_data.DATA_DIR = options.data_dir
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(options.data_dir / name)  # nothing compiled before
     training = Training(name, options)
     first, _ = timed(lambda: training.run(1))
     training.run(2)
@@ -381,6 +385,9 @@ def read_options(argv):
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name}={value} must be at least 1")
+    block_size = SHAPES[options.shape]["block_size"]
+    if options.new_tokens >= block_size:
+        parser.error(f"--new_tokens={options.new_tokens} must be below the block_size of {block_size}")
     return options
 
 

@@ -39,9 +39,18 @@ def run_program(main):
     except BrokenPipeError:  # the reader of a pipe, head or less, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (UserError, OSError) as e:
+    except Exception as e:
+        if out_of_memory(e):
+            e = UserError("out of memory: do less at a time (--num_samples, --batch_size), or a smaller model")
+        if not isinstance(e, (UserError, OSError)):
+            raise
         print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
         sys.exit(getattr(e, "status", 1))
+
+
+def out_of_memory(e):
+    """Whether an exception of Python or of torch says so; the words differ with device and version."""
+    return isinstance(e, MemoryError) or any(words in str(e) for words in ("out of memory", "allocate memory"))
 
 
 def clock(seconds):

@@ -24,8 +24,8 @@ def new_file(path):
 def locked(folder):
     """Refuse to work in a folder where another process does; the system drops the lock when a process dies.
 
-    The folder is made, and removed again where it is left empty. Where there are no such locks (Windows,
-    some network file systems), nothing is refused.
+    The folder is made where it is not there, and removed where it is left empty. Where there are no such
+    locks (Windows, some network file systems), nothing is refused.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as f:
@@ -42,4 +42,4 @@ def locked(folder):
         finally:
             with contextlib.suppress(OSError):  # Windows does not delete what is open
                 os.unlink(f.name)
-                os.removedirs(folder)  # as far as they are empty
+                os.removedirs(folder)  # it and what it is in, as far as they are empty

@@ -35,7 +35,7 @@ def translate(checkpoint):
     try:
         weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint["model"].items()}
         args = dict(checkpoint["model_args"])
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, IndexError):
         raise UserError("it is no checkpoint of nanoGPT or of the paper's code: it lacks model or model_args") from None
     mode, scale = args.pop("query_mode", "original"), args.pop("scale", None)
     if mode not in QUERY_MODES:
@@ -179,11 +179,15 @@ def main(argv=None):
 def write_run(settings, model_args, state, command):
     run = train.Run(train.resolve(settings), model_args, command)
     run.model.load_state_dict(state)
+    known, used = run.data.meta["vocab_size"], run.model.config.vocab_size
+    if used - known >= 128:  # less is padding
+        raise UserError(f"the model has {used:,} words and {settings.dataset} {known:,}: these are other tokens")
     with run.folder.lock():
         if run.folder.holds("config.json"):
             raise UserError(f"{run.folder} holds a run; choose another folder")
         lines = [f"{key} = {value!r}" for key, value in {**dataclasses.asdict(settings), **model_args}.items()]
         run.folder.write_text("config.py", "\n".join(lines) + "\n")
+        run.save("best.pt")  # as long as training on has found no better one
         run.save("ckpt.pt")
         run.folder.begin(describe(run.s, run.model, run.data, command), -1)  # last: it makes the folder a run
     print(f"{run.folder}: {run.model.config.query_mode} query, {run.model.parameter_report()['total']:,} parameters")

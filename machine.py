@@ -23,7 +23,8 @@ def pick_device(device=None, local_rank=0):
     kind, _, number = (device or there[0]).partition(":")
     number = number or str(local_rank)
     if kind not in there or not number.isdigit() or (kind == "cuda" and int(number) >= torch.cuda.device_count()):
-        raise UserError(f"device={device} is not there; torch {torch.__version__} finds {', '.join(there)}")
+        asked, gpus = device or f"cuda:{number}, of this process", f" ({torch.cuda.device_count()} GPUs)"
+        raise UserError(f"device={asked} is not there; torch {torch.__version__} finds {', '.join(there)}{gpus}")
     return f"cuda:{number}" if kind == "cuda" else kind
 
 

@@ -320,7 +320,7 @@ class GPT(nn.Module):
 # The loss. Logits of all positions would be the largest tensor of a step, and their gradient another one.
 
 
-LOGITS_AT_ONCE = 2**27  # half a gigabyte in float32
+LOGITS_AT_ONCE = 2**27  # half a gigabyte in float32; and 8192 rows, whose gradients' sum float16 can hold
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -330,7 +330,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, with_gradients):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        w, rows = weight.to(dtype), max(1, LOGITS_AT_ONCE // len(weight))
+        w, rows = weight.to(dtype), min(8192, max(1, LOGITS_AT_ONCE // len(weight)))
         dx, dw = (torch.zeros_like(t) if with_gradients else None for t in (x, weight))
         precise = torch.promote_types(dtype, torch.float32)
         total = torch.zeros((), device=x.device, dtype=precise)

@@ -13,7 +13,9 @@ Nothing that is read from it is executed.
 import contextlib
 import json
 import math
+import os
 import platform
+import re
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
@@ -58,10 +60,15 @@ class RunFolder:
 
     def begin(self, record, step):
         """Write config.json and take from metrics.jsonl what an earlier sitting logged after this step."""
+        for left in (*self.path.glob(".*.tmp"), self.path / "summary.json"):  # by a kill, by an earlier sitting
+            left.unlink(missing_ok=True)
         self.write_json("config.json", record)
         metrics = self.path / "metrics.jsonl"
         lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        try:
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        except (ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{metrics} is damaged ({e}); repair or delete it") from None
         self.write_text("metrics.jsonl", "".join(kept))
 
     def log(self, values):
@@ -76,6 +83,8 @@ class RunFolder:
         try:
             with new_file(path) as f:
                 torch.save(checkpoint, f)
+                f.flush()
+                os.fsync(f.fileno())  # a power cut must not find the one before it gone and this one not there
         except (OSError, RuntimeError) as e:  # torch's own for a file that it could not finish
             reason = e.strerror if isinstance(e, OSError) else e.__cause__ or e.__context__ or e
             kept = "the one before it is kept" if path.exists() else "there is none yet"
@@ -108,6 +117,11 @@ def load_checkpoint(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises many kinds for a file that is not one of its own
+        if isinstance(e, (FileNotFoundError, PermissionError, IsADirectoryError)):
+            raise UserError(f"{path} cannot be read as a checkpoint: {e.strerror}") from None
+        if refused := re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(e)):
+            reason = f"it holds {refused[1]}, and only tensors and plain values are read from a checkpoint"
+            raise UserError(f"{path} cannot be read as a checkpoint: {reason}") from None
         reason = str(e).splitlines()[0] if str(e) else "truncated"
         raise UserError(
             f"{path} cannot be read as a checkpoint ({type(e).__name__}: {reason:.150}); it is damaged or not one: "

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import machine
 import prepare_data
-from command import UserError, clock, list_settings, read_settings, run_program, short
+from command import UserError, clock, list_settings, out_of_memory, read_settings, run_program, short
 from machine import StopSignal, autocast, barrier, rank, say, sum_over_ranks, world_size
 from model import GPT, GPTConfig, stream_seed
 from run_folder import RunFolder, check_resume, describe, fitting
@@ -143,6 +143,9 @@ class Data:
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
             sizes = {split: (len(self.tokens(split)), self.meta[split]["tokens"]) for split in ("train", "val")}
+            for part in (self.meta["train"], self.meta["val"]):
+                part["sha256"], int(part["text_bytes"])
+            self.meta["source"], self.meta["tokenizer"]["kind"], int(self.meta["vocab_size"])
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise UserError(f"{self.folder} is damaged ({type(e).__name__}: {e}); delete and prepare it anew") from None
         for split, (found, tokens) in sizes.items():
@@ -316,7 +319,7 @@ class Run:
     def open(self):
         """Begin the run's folder, or go on from the checkpoint in it."""
         s, record = self.s, describe(self.s, self.model, self.data, self.command)
-        exists = self.folder.holds("config.json")
+        exists = any(self.folder.holds(name) for name in ("config.json", "ckpt.pt", "best.pt"))
         if exists and not s.resume:
             raise UserError(f"{self.folder} holds a run: --resume it, choose another --out_dir, or delete it")
         if s.resume and not exists:
@@ -354,6 +357,15 @@ class Run:
         say(f"device  {s.device}, {s.dtype}, compile {'on' if s.compile else 'off'}, processes: {world_size()}")
         if s.resume:
             say(f"resumed at step {self.state['step']}")
+
+    def go(self):
+        """Open the folder, then train, or evaluate once -> exit status."""
+        self.open()
+        if self.s.eval_only:
+            self.evaluate()
+            return 0
+        with StopSignal() as stop:
+            return self.loop(stop)
 
     def loop(self, stop):
         """Evaluate, train, log and save until max_iters or a signal -> exit status."""
@@ -484,7 +496,10 @@ def start_wandb(s, record):
         import wandb
     except ImportError:
         raise UserError("wandb_log needs the package wandb: pip install wandb") from None
-    return wandb.init(project=s.wandb_project, name=Path(s.out_dir).name, config=record)
+    try:
+        return wandb.init(project=s.wandb_project, name=Path(s.out_dir).name, config=record)
+    except Exception as e:  # not logged in, no network
+        raise UserError(f"wandb: {' '.join(str(e).split()):.200}") from None
 
 
 @contextlib.contextmanager
@@ -492,8 +507,10 @@ def advice(s):
     """Say what to change when the device is out of memory or the compiler fails."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as e:
-        if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(e):
+        if out_of_memory(e):
             raise UserError(
                 f"out of memory on {s.device}: halve batch_size (now {s.batch_size}) and double "
                 f"gradient_accumulation_steps (now {s.gradient_accumulation_steps}): the steps stay the same"
@@ -501,6 +518,8 @@ def advice(s):
         if s.compile and type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
             reason = f"{type(e).__name__}: {str(e).splitlines()[0]:.200}"
             raise UserError(f"torch.compile failed ({reason}); --compile=false does without it") from e
+        if isinstance(e, ValueError) and "environment variable" in str(e):  # RANK, MASTER_ADDR, ...
+            raise UserError(f"{str(e).splitlines()[0]}; start several processes with torchrun") from None
         if isinstance(e, dist.DistError) or "gloo" in str(e):
             reason = f"{str(e).splitlines()[0]:.150}" if str(e) else type(e).__name__
             raise UserError(f"another process of this run has ended, or cannot be reached ({reason})") from e
@@ -517,25 +536,19 @@ def main(argv=None):
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     s = resolve(settings, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     on_cuda = s.device.startswith("cuda")
-    if on_cuda:
-        torch.cuda.set_device(s.device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
-    if processes > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
     launcher = ["torchrun", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else ["python"]
-    try:
-        with advice(s):
-            run = Run(s, model_args, shlex.join([*launcher, "train.py", *argv]))
-            with run.folder.lock() if run.writes else contextlib.nullcontext():
-                run.open()
-                if s.eval_only:
-                    run.evaluate()
-                    return 0
-                with StopSignal() as stop:
-                    return run.loop(stop)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with advice(s):
+        if on_cuda:
+            torch.cuda.set_device(s.device)
+            torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
+        if processes > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
+        run = Run(s, model_args, shlex.join([*launcher, "train.py", *argv]))
+        with run.folder.lock() if run.writes else contextlib.nullcontext():
+            status = run.go()
+    if dist.is_initialized():  # not after an error, which the other processes may not have had: it waits for them
+        dist.destroy_process_group()
+    return status
 
 
 if __name__ == "__main__":
