@@ -360,7 +360,7 @@ def bench_data(options):
     ceiling, per_core = n_tokens / 2 / held, statistics.median(rates["ours"]) / cores
     print(f"Python's lock allows         {short(ceiling)} tokens/s, whatever the number of cores")
     for number in (2, 16, 64):
-        rate = min(per_core * number, ceiling)
+        rate = min(per_core * min(number, openwebtext.MAX_THREADS), ceiling)
         print(
             f"the whole corpus, {number:2} cores   {clock(CORPUS_TOKENS / rate)} at {short(rate)} tokens/s (projected)"
         )

@@ -62,6 +62,7 @@ HINT = (
 )
 TOKEN_BYTES_PER_ARCHIVE_BYTE = 1.5  # 18.1 GB / 12.9 GB = 1.4, and a margin
 MEMBER_BYTES = 1 << 28  # no inner archive unpacks to more (the true ones to some 2 MB)
+MAX_THREADS = 16  # unpacking and tokenizing run side by side, but the twentieth of the work that is Python's does not
 GATHER_TOKENS = 1 << 25  # written at a time; documents are read in corpus order within
 
 
@@ -209,11 +210,9 @@ PART_FILES = ("tokens", "lengths", "json")
 
 
 def n_threads():
-    """As many as there are cores to use, up to 16: decompression and tokenizing run side by side, but the
-    tenth of the work that is Python's own does not.
-    """
+    """As many as there are cores to use, up to MAX_THREADS."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 16)
+    return min(cores, MAX_THREADS)
 
 
 def in_order(function, items, threads):
