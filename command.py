@@ -76,20 +76,26 @@ def read_settings(argv, kinds, default_config):
 
     kinds: {key: type} of every setting there is.
     """
-    flags, files = {}, []
-    for argument in argv:
-        key, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--"):
-            files.append(argument)
-        elif equals or base_type(kinds.get(key, bool)) is bool:
-            flags[key] = value if equals else True
-        else:
-            raise UserError(f"--{key} needs a value: --{key}=VALUE", status=2)
+    files, flags = split_command(argv, kinds)
     if len(files) > 1:
         raise UserError(f"one config file at most, not {' '.join(files)}; a setting is written --key=value", status=2)
     path = Path(files[0]) if files else default_config
     values = {key: convert(key, value, kinds, path) for key, value in read_config(path).items()}
     return path, values | {key: convert(key, value, kinds, "command line") for key, value in flags.items()}
+
+
+def split_command(argv, kinds):
+    """Command line -> (words that are no flags, {key: text of the flag, or True of a bare switch})."""
+    words, flags = [], {}
+    for argument in argv:
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--"):
+            words.append(argument)
+        elif equals or base_type(kinds.get(key, bool)) is bool:
+            flags[key] = value if equals else True
+        else:
+            raise UserError(f"--{key} needs a value: --{key}=VALUE", status=2)
+    return words, flags
 
 
 def base_type(kind):

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 import train
-from command import UserError, convert, run_program
+from command import UserError, convert, run_program, split_command
 from model import GPTConfig
 from run_folder import describe, load_checkpoint
 
@@ -143,16 +143,14 @@ class Translation:
 
 def read_command(argv):
     """Command line -> (path of the checkpoint, Settings of the run to be)."""
-    places = [argument for argument in argv if not argument.startswith("--")]
+    places, flags = split_command(argv, train.KINDS)
     if len(places) != 2:
         raise UserError("two places are needed: import_checkpoint.py CKPT.pt out/NAME --dataset=NAME", status=2)
     given = {"out_dir": places[1]}
-    for argument in argv:
-        if argument.startswith("--"):
-            key, _, value = argument.removeprefix("--").partition("=")
-            if key in GPTConfig.__dataclass_fields__ or key in ("out_dir", "resume", "eval_only"):
-                raise UserError(f"--{key} is not for here: the model is the checkpoint's, the run is new", status=2)
-            given[key] = convert(key, value or "true", train.KINDS, "command line")
+    for key, value in flags.items():
+        if key in GPTConfig.__dataclass_fields__ or key in ("out_dir", "resume", "eval_only"):
+            raise UserError(f"--{key} is not for here: the model is the checkpoint's, the run is new", status=2)
+        given[key] = convert(key, value, train.KINDS, "command line")
     if "dataset" not in given:
         raise UserError("--dataset=NAME is needed: the data whose tokens the model was trained on", status=2)
     try:

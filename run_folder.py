@@ -63,19 +63,26 @@ class RunFolder:
         for left in (*self.path.glob(".*.tmp"), self.path / "summary.json"):  # by a kill, by an earlier sitting
             left.unlink(missing_ok=True)
         self.write_json("config.json", record)
-        metrics = self.path / "metrics.jsonl"
-        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
         try:
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{metrics} is damaged ({e}); repair or delete it") from None
-        self.write_text("metrics.jsonl", "".join(kept))
+            kept = [values for values in self.metrics() if values["step"] <= step]
+        except (KeyError, TypeError) as e:
+            raise UserError(f"{self.path}/metrics.jsonl is damaged ({e}); repair or delete it") from None
+        self.write_text("metrics.jsonl", "".join(json.dumps(values) + "\n" for values in kept))
 
     def log(self, values):
         """Append a line to metrics.jsonl; what JSON cannot hold (an infinite gradient norm) becomes null."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(values) + "\n")
+
+    def metrics(self):
+        """What was logged, a dict a line; a last line that is not whole is left out."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        try:
+            return [json.loads(line) for line in lines if line.endswith("\n")]
+        except ValueError as e:
+            raise UserError(f"{path} is damaged ({e}); repair or delete it") from None
 
     def save(self, name, checkpoint):
         """Write a checkpoint; where that fails, the one that was there stays."""

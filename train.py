@@ -438,6 +438,7 @@ class Run:
     def check_finite(self, value):
         """Stop the run where the value, a number or tensor, is not finite on some rank; nothing is saved then."""
         if not math.isfinite(sum_over_ranks(value, self.s.device)):
+            self.log(diverged=True)
             kept = "the last checkpoint is kept" if self.folder.holds("ckpt.pt") else "there is no checkpoint yet"
             raise UserError(
                 f"the loss is not finite at step {self.state['step']}; {kept}. A lower learning_rate "
