@@ -79,6 +79,9 @@ def build(name, options):
         def forward(self, x, y):
             return None, self.gpt2(input_ids=x, labels=x, use_cache=False).loss
 
+        def for_generation(self):
+            return self.eval()
+
         def generate(self, idx, n, temperature):
             options = dict(max_new_tokens=n, do_sample=False, pad_token_id=0)
             return self.gpt2.generate(idx, attention_mask=torch.ones_like(idx), **options)
@@ -222,9 +225,7 @@ def bench_sample(options):
     from model import QUERIES
 
     names = [*QUERIES, *([PEER] if options.peer else [])]
-    models = {name: build(name, options).eval() for name in names}
-    for name in QUERIES:
-        models[name].for_generation()
+    models = {name: build(name, options).for_generation() for name in names}
     prompt = torch.zeros(options.batch_size, 1, dtype=torch.long, device=options.device)
     print(
         f"sample: {options.shape} {SHAPES[options.shape]}, batch {options.batch_size}, {options.new_tokens} tokens each"

@@ -68,7 +68,7 @@ def announced(url, hint):
     answer = persist(ask, hint)
     if answer.is_redirect and "X-Linked-Size" not in answer.headers:
         answer = persist(lambda: ask(allow_redirects=True), hint)
-    told = {}
+    told = requests.structures.CaseInsensitiveDict()
     for each in [*answer.history, answer]:
         told.update(each.headers)
     size = told.get("X-Linked-Size") or told.get("Content-Length", "")

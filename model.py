@@ -264,9 +264,7 @@ class GPT(nn.Module):
         """The model in eval mode, its weights laid out for what generation does with them -> self."""
         for module in self.modules():
             tall = isinstance(module, nn.Linear) and module.out_features > module.in_features
-            if (
-                tall and module.weight.device.type == "cpu"
-            ):  # where columns are faster to read for a product with a vector
+            if tall and module.weight.device.type == "cpu":  # which multiplies a vector faster by columns then
                 module.weight.data = module.weight.data.t().contiguous().t()
         return self.eval()
 
@@ -319,12 +317,14 @@ class GPT(nn.Module):
 # ---------------------------------------------------------------------------------------------------
 # The loss. Logits of all positions would be the largest tensor of a step, and their gradient another one.
 
-
 LOGITS_AT_ONCE = 2**27  # half a gigabyte in float32; and 8192 rows, whose gradients' sum float16 can hold
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Sum of the cross-entropies of softmax(x weightᵀ), whose logits are computed, used and forgotten in parts."""
+    """Sum of the cross-entropies of softmax(x weightᵀ), whose logits are computed, used and forgotten in parts.
+
+    So the gradients are computed in forward, where a part's logits still exist; backward only scales them.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, targets, with_gradients):

@@ -112,8 +112,13 @@ def make_parts(parts, shards, tokenizer, mirror, source, keep):
             path.unlink()
 
 
+def part(parts, shard, kind):
+    """The path of a shard's tokens, lengths or json."""
+    return parts / f"{shard:02d}.{kind}"
+
+
 def is_done(parts, shard):
-    return (parts / f"{shard:02d}.json").exists()
+    return part(parts, shard, "json").exists()
 
 
 def check_space(parts, shards, archives, source, keep):
@@ -139,6 +144,10 @@ def check_space(parts, shards, archives, source, keep):
 # Archives, from the hub or from a folder.
 
 
+def archive_name(shard):
+    return f"urlsf_subset{shard:02d}.tar"
+
+
 @dataclass
 class Archive:
     shard: int
@@ -146,27 +155,20 @@ class Archive:
     size: int  # bytes
     sha256: str | None  # None where neither the server nor this program knows it
 
-    @property
-    def name(self):
-        return f"urlsf_subset{self.shard:02d}.tar"
-
 
 def locate(shard, mirror, source):
     """Find an archive and what is told about it."""
-    archive = Archive(shard, "", 0, SHA256.get(shard))
+    name, sha256 = archive_name(shard), SHA256.get(shard)
     if source:
-        path = Path(source) / archive.name
+        path = Path(source) / name
         if not path.is_file():
-            raise UserError(f"--source {source} holds no {archive.name}")
-        archive.place, archive.size = path, path.stat().st_size
-        return archive
-    folder = f"datasets/Skylion007/openwebtext/resolve/{REVISION}/subsets"
-    archive.place = f"{(mirror or HUB).rstrip('/')}/{folder}/{archive.name}"
-    archive.size, told = download.announced(archive.place, HINT)
-    if told and archive.sha256 not in (None, told):
-        raise UserError(f"{archive.place} is not the published file: sha256 {told}, not {archive.sha256}")
-    archive.sha256 = archive.sha256 or told
-    return archive
+            raise UserError(f"--source {source} holds no {name}")
+        return Archive(shard, path, path.stat().st_size, sha256)
+    url = f"{(mirror or HUB).rstrip('/')}/datasets/Skylion007/openwebtext/resolve/{REVISION}/subsets/{name}"
+    size, told = download.announced(url, HINT)
+    if told and sha256 not in (None, told):
+        raise UserError(f"{url} is not the published file: sha256 {told}, not {sha256}")
+    return Archive(shard, url, size, sha256 or told)
 
 
 def fetch(archive, parts, progress):
@@ -174,7 +176,7 @@ def fetch(archive, parts, progress):
     if isinstance(archive.place, Path):
         archive.sha256 = download.check_sum(archive.place, archive.size, archive.sha256)
         return archive.place
-    path, report = parts / archive.name, progress.fetching(archive)
+    path, report = parts / archive_name(archive.shard), progress.fetching(archive)
     archive.sha256 = download.fetch(archive.place, path, archive.size, archive.sha256, HINT, report)
     return path
 
@@ -187,9 +189,9 @@ def tokenize(archive, path, parts, tokenizer, progress):
     """Write NN.tokens (uint16), NN.lengths (uint32, two a document: tokens, bytes of text) and, after both,
     NN.json, which marks the shard as finished.
     """
-    record = {"archive": archive.name, "bytes": archive.size, "sha256": archive.sha256}
+    record = {"archive": archive_name(archive.shard), "bytes": archive.size, "sha256": archive.sha256}
     record |= {"documents": 0, "tokens": 0, "text_bytes": 0}
-    tokens_path, lengths_path, record_path = (parts / f"{archive.shard:02d}.{kind}" for kind in PART_FILES)
+    tokens_path, lengths_path, record_path = (part(parts, archive.shard, kind) for kind in PART_FILES)
     work = ((path, name, data, tokenizer) for name, data in members(path))
     with new_file(tokens_path) as tokens_file, new_file(lengths_path) as lengths_file:
         with contextlib.closing(in_order(tokenize_member, work, n_threads())) as results:
@@ -311,10 +313,9 @@ def gather(parts, shards, tokenizer, target):
     meta = {"source": f"{HUB}/datasets/Skylion007/openwebtext", "revision": REVISION}
     meta |= {"tokenizer": tokenizer.spec, "vocab_size": tokenizer.vocab_size, "dtype": "uint16"}
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(open(parts / f"{shard:02d}.tokens", "rb", buffering=0)) for shard in shards]
-        first = np.cumsum(
-            [0] + [record["tokens"] for record in records], dtype=np.int64
-        )  # of each shard, in the corpus
+        files = [stack.enter_context(open(part(parts, shard, "tokens"), "rb", buffering=0)) for shard in shards]
+        sizes = [record["tokens"] for record in records]
+        first = np.cumsum([0, *sizes], dtype=np.int64)  # where each shard begins in the corpus
         for split, chosen in (("val", order[:n_val]), ("train", order[n_val:])):
             meta[split] = write_split(temporary / f"{split}.bin", chosen, lengths, files, first, tokenizer.eot)
     check("tokens", meta["train"]["tokens"] + meta["val"]["tokens"], TRAIN_TOKENS + VAL_TOKENS, whole)
@@ -347,11 +348,11 @@ def as_published(folder, meta):
 
 
 def read_record(parts, shard):
-    path = parts / f"{shard:02d}.json"
+    path = part(parts, shard, "json")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         sizes = {"tokens": 2 * record["tokens"], "lengths": 8 * record["documents"]}
-        if any((parts / f"{shard:02d}.{kind}").stat().st_size != size for kind, size in sizes.items()):
+        if any(part(parts, shard, kind).stat().st_size != size for kind, size in sizes.items()):
             raise ValueError("the files beside it have other sizes")
         if SHA256.get(shard) not in (None, record["sha256"]):
             raise ValueError("it is of another archive than the published one")
@@ -361,9 +362,10 @@ def read_record(parts, shard):
 
 
 def read_lengths(parts, shard, record):
-    lengths = np.fromfile(parts / f"{shard:02d}.lengths", np.uint32).reshape(-1, 2)
+    path = part(parts, shard, "lengths")
+    lengths = np.fromfile(path, np.uint32).reshape(-1, 2)
     if lengths.sum(axis=0, dtype=np.int64).tolist() != [record["tokens"], record["text_bytes"]]:
-        raise UserError(f"{parts / f'{shard:02d}.lengths'} is damaged; delete {shard:02d}.json to prepare it anew")
+        raise UserError(f"{path} is damaged; delete {shard:02d}.json to prepare it anew")
     return lengths
 
 
@@ -410,10 +412,10 @@ def read_documents(documents, starts, lengths, files, first, eot):
 def remove(parts, shards, keep):
     """Delete what the shards left, but for the archives that are to be kept."""
     for shard in shards:
-        archive = Archive(shard, "", 0, None).name
-        downloads = [] if keep else [archive, f"{archive}.part"]
-        for name in [f"{shard:02d}.{kind}" for kind in reversed(PART_FILES)] + downloads:
-            (parts / name).unlink(missing_ok=True)
+        archive = parts / archive_name(shard)
+        downloads = [] if keep else [archive, archive.with_name(f"{archive.name}.part")]
+        for path in [part(parts, shard, kind) for kind in reversed(PART_FILES)] + downloads:
+            path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------

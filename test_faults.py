@@ -1,6 +1,5 @@
 """Runs that are killed, disks that are full, files that are damaged: nothing is lost, nothing wrong let through."""
 
-import json
 import os
 import shutil
 import signal
@@ -15,7 +14,7 @@ import torch
 import model
 import train
 from command import UserError
-from conftest import ROOT, run
+from conftest import ROOT, assert_same, assert_same_run, checkpoint, run
 from run_folder import RunFolder
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and POSIX signals")
@@ -51,29 +50,6 @@ while killed < 20 or not os.path.exists("out/killed/ckpt.pt"):
 """
 
 
-def metrics(out_dir):
-    """What was logged, but for times."""
-    lines = [json.loads(line) for line in Path(out_dir, "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
-
-
-def assert_same(a, b):
-    """Equal bit for bit: tensors, and containers of them."""
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert_same(x, y)
-    else:
-        assert a == b
-
-
 @slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a C++ compiler")
 @pytest.mark.parametrize("mode", ["linear", "nonlinear"])
@@ -102,10 +78,7 @@ def test_killed_twenty_times_it_ends_as_if_it_had_not_been(tiny_config):
     end = [f"--max_iters={reached + 20}", "--lr_decay_iters=100000", *flags[1:]]
     assert run("train.py", tiny_config, *end, "--out_dir=out/killed", "--resume").returncode == 0
     assert run("train.py", tiny_config, *end, "--out_dir=out/whole").returncode == 0
-    killed, whole = (RunFolder(f"out/{name}").load("ckpt.pt") for name in ("killed", "whole"))
-    for part in ("model", "optimizer"):
-        assert_same(killed[part], whole[part])
-    assert metrics("out/killed") == metrics("out/whole")
+    assert_same_run("out/killed", "out/whole")
     assert not list(Path("out/killed").glob("*.tmp"))
 
 
@@ -128,7 +101,7 @@ def test_a_full_disk_while_saving_keeps_the_checkpoint_before(tiny_config):
     assert Path("out/tiny/ckpt.pt").read_bytes() == good and not list(Path("out/tiny").glob(".*.tmp"))
     assert run("train.py", *flags, "--resume", "--max_iters=12").returncode == 0
     assert run("train.py", *flags, "--max_iters=12", "--out_dir=out/whole").returncode == 0
-    assert_same(RunFolder("out/tiny").load("ckpt.pt")["model"], RunFolder("out/whole").load("ckpt.pt")["model"])
+    assert_same(checkpoint("out/tiny")["model"], checkpoint("out/whole")["model"])
 
 
 def test_a_lost_folder_ends_in_one_line(tiny_config, monkeypatch):

@@ -135,6 +135,7 @@ def hub(corpus):
         faults=[],  # of the next requests to the store: functions of (handler, file, first byte)
         requests=[],  # (method, path, Range)
         tells=True,  # the size and the sum, while redirecting
+        name=str,  # how the names of headers are written
     )
 
     class Handler(BaseHTTPRequestHandler):
@@ -165,7 +166,7 @@ def hub(corpus):
         def reply(self, code, head, content, body=None):
             self.send_response(code)
             for key, value in ({"Content-Length": str(len(content))} | head).items():
-                self.send_header(key, value)
+                self.send_header(state.name(key), value)
             self.end_headers()
             self.wfile.write(content if body is None else body)
 
@@ -373,10 +374,13 @@ def test_back_off_doubles_and_ends(hub, monkeypatch):
     assert Path(f"{name}.part").stat().st_size == 200
 
 
-def test_a_server_that_redirects_and_tells_nothing_more(hub):
-    hub.tells = False
+@pytest.mark.parametrize("name", [str, str.lower])
+@pytest.mark.parametrize("tells", [True, False])
+def test_what_a_server_tells_while_redirecting(hub, tells, name):
+    hub.tells, hub.name, archive = tells, name, hub.files["urlsf_subset03.tar"]
     url = f"{hub.url}/resolve/{openwebtext.REVISION}/subsets/urlsf_subset03.tar"
-    assert download.announced(url, "") == (len(hub.files["urlsf_subset03.tar"]), None)
+    sha256 = hashlib.sha256(archive).hexdigest() if tells else None
+    assert download.announced(url, "") == (len(archive), sha256)
 
 
 @pytest.mark.parametrize(

@@ -18,51 +18,11 @@ import torch
 import machine
 import train
 from command import UserError
-from conftest import ROOT, run
+from conftest import ROOT, assert_same, assert_same_run, checkpoint, metrics, run
 from model import GPT, GPTConfig
 from train import Data, Settings, learning_rate
 
 CONFIGS = sorted((ROOT / "config").glob("[!_]*.py"))
-
-
-def metrics(folder, key):
-    """{step: value} from metrics.jsonl."""
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    values = [(line["step"], line[key]) for line in lines if key in line]
-    assert len(dict(values)) == len(values), "a step was logged twice"
-    return dict(values)
-
-
-def checkpoint(folder, name="ckpt.pt"):
-    return torch.load(Path(folder) / name, weights_only=True)
-
-
-def assert_same(a, b, at=""):
-    """Bit for bit, all the way down."""
-    assert type(a) is type(b), at
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), at
-        for key in a:
-            assert_same(a[key], b[key], f"{at}.{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), at
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_same(x, y, f"{at}[{i}]")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), at
-    else:
-        assert a == b, at
-
-
-def assert_same_run(a, b):
-    for name in ("ckpt.pt", "best.pt"):
-        x, y = checkpoint(a, name), checkpoint(b, name)
-        for state in (x["state"], y["state"]):
-            for timing in ("seconds", "timed_steps", "timed_seconds"):
-                state.pop(timing)
-        assert_same(x, y, name)
-    for key in ("train_loss", "learning_rate", "grad_norm", "val_loss", "bits_per_byte"):
-        assert metrics(a, key) == metrics(b, key)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ class Data:
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
             sizes = {split: (len(self.tokens(split)), self.meta[split]["tokens"]) for split in ("train", "val")}
-            for part in (self.meta["train"], self.meta["val"]):
+            for part in (self.meta["train"], self.meta["val"]):  # what is needed later must be there now
                 part["sha256"], int(part["text_bytes"])
             self.meta["source"], self.meta["tokenizer"]["kind"], int(self.meta["vocab_size"])
         except (OSError, ValueError, KeyError, TypeError) as e:
