@@ -16,17 +16,21 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 
 import machine
+import report
 import train
 from command import Parser, UserError, clock, convert, run_program, split_command
 from files import locked
-from model import GPTConfig
+from model import GPT, GPTConfig
 from run_folder import RunFolder
 
 TRAIN = Path(__file__).parent / "train.py"
@@ -74,6 +78,10 @@ class Study:
         values = {**self.arms[cell.arm], "learning_rate": cell.learning_rate, "seed": cell.seed}
         return [f"--{key}={'auto' if value is None else value}" for key, value in values.items()]
 
+    def read(self, cell):
+        """(Settings, dict of the model's settings) of a cell, as train.py will see them."""
+        return train.read_command([self.config, *self.flags(cell)])
+
     def run(self, cell):
         return RunFolder(self.folder / str(cell))
 
@@ -107,6 +115,18 @@ class Study:
                 return rates, best
             rates = [best / 2, *rates] if best == rates[0] else [*rates, 2 * best]
         return rates, None
+
+    def to_go(self, outcomes):
+        """How many cells are left, as far as the outcomes can tell."""
+        left = sum(cell not in outcomes for cell in self.cells(outcomes))
+        if self.tune:  # and those that wait for their rate
+            left += (len(self.seeds) - 1) * sum(self.search(arm, outcomes)[1] is None for arm in self.arms)
+        return left
+
+    def seconds(self, outcomes):
+        """What a cell took, on average over those that are finished; None before the first."""
+        took = [self.run(cell).read_json("summary.json")["seconds"] for cell in outcomes if outcomes[cell] < math.inf]
+        return sum(took) / len(took) if took else None
 
 
 def outcome(run):
@@ -142,9 +162,8 @@ def read_command(argv):
     arms = make_arms(options.arm, axes, model_args.get("n_embd", GPTConfig.n_embd))
     folder = options.out or Path("results") / Path(options.config).stem
     study = Study(options.config, arms, rates, seeds, options.tune, folder)
-    for arm in arms:
-        for rate in rates:
-            train.resolve(train.read_command([study.config, *study.flags(Cell(arm, rate, seeds[0]))])[0])
+    for cell in itertools.product(arms, rates, seeds):
+        train.resolve(study.read(Cell(*cell))[0])  # tells a mistake before any work is done
     devices = options.devices.split(",") if options.devices else [None]
     for device in devices:
         machine.pick_device(device)
@@ -163,17 +182,17 @@ def read_values(key, text):
 
 def make_arms(names, axes, d):
     """The arms that are named, times every combination of the axes' values."""
-    table = named_arms(d)
-    names = names.split(",") if names else [None]
-    for name in names:
-        if name and name not in table:
-            raise UserError(f"--arm={name} is not one of {', '.join(table)}", status=2)
     arms = {}
-    for name in names:
-        for values in itertools.product(*axes.values()):
-            chosen = dict(zip(axes, values))
-            label = [name] * bool(name) + [f"{key}={value}" for key, value in chosen.items() if len(axes[key]) > 1]
-            arms[",".join(label) or "baseline"] = {**table.get(name, {}), **chosen}
+    for values in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, values))
+        table = named_arms(chosen.get("n_embd", d))
+        varied = [f"{key}={value}" for key, value in chosen.items() if len(axes[key]) > 1]
+        for name in names.split(",") if names else []:
+            if name not in table:
+                raise UserError(f"--arm={name} is not one of {', '.join(table)}", status=2)
+            arms[",".join([name, *varied])] = {**table[name], **chosen}
+        if not names:
+            arms[",".join(varied) or "baseline"] = chosen
     return arms
 
 
@@ -184,13 +203,16 @@ def make_arms(names, axes, d):
 def begin(study, command):
     """Write study.json; refuse a folder whose cells were run under other settings or on other data."""
     settings, model_args = train.read_command([study.config])
-    data = train.open_data(settings.dataset, model_args.get("block_size", GPTConfig.block_size))
-    fixed = {key: value for key, value in dataclasses.asdict(settings).items() if key != "out_dir"} | model_args
+    data = {}
+    for arm in study.arms:
+        s, args = study.read(Cell(arm, study.learning_rates[0], study.seeds[0]))
+        meta = train.open_data(s.dataset, args.get("block_size", GPTConfig.block_size)).meta
+        data[s.dataset] = {"source": meta["source"], **{split: meta[split]["sha256"] for split in ("train", "val")}}
     record = {
         "command": command,
         "config": study.config,
-        "settings": fixed,
-        "data": {"source": data.meta["source"], **{split: data.meta[split]["sha256"] for split in ("train", "val")}},
+        "settings": {**dataclasses.asdict(settings), **model_args},
+        "data": data,
         "arms": study.arms,
         "learning_rates": study.learning_rates,
         "seeds": study.seeds,
@@ -199,12 +221,17 @@ def begin(study, command):
     folder = RunFolder(study.folder)
     if folder.holds("study.json"):
         before = folder.read_json("study.json")
-        for part in ("settings", "data", "arms"):
-            for key, value in record[part].items():
-                if before[part].get(key, value) != value:
-                    raise UserError(
-                        f"{study.folder} was begun with {key}={before[part][key]}, now {value}; choose another --out"
-                    )
+        for name, now in record["data"].items():
+            was = before["data"].get(name, now)
+            if was != now:
+                raise UserError(
+                    f"{study.folder} was begun with another text in {name}: {was['source']}; choose another --out"
+                )
+        for part in ("settings", "arms"):
+            for key, now in record[part].items():
+                was = before[part].get(key, now)
+                if was != now:
+                    raise UserError(f"{study.folder} was begun with {key}={was}, now {now}; choose another --out")
     folder.write_json("study.json", record)
 
 
@@ -213,8 +240,7 @@ class Grid:
 
     def __init__(self, study, devices):
         self.study, self.devices = study, devices
-        self.outcomes = study.outcomes()
-        self.running, self.seconds = {}, []  # cell: its process; of the cells that were run in this sitting
+        self.outcomes, self.running = study.outcomes(), {}  # running: cell -> its process
         self.failure, self.stopping = None, False
         self.changed = threading.Condition()
 
@@ -227,7 +253,7 @@ class Grid:
             while any(worker.is_alive() for worker in workers):
                 time.sleep(0.1)
                 if stop.number and not self.stopping:
-                    print("stopping; what runs is saved", flush=True)
+                    print("stopping: what runs is saved, and the same command goes on", flush=True)
                     self.stop()
         if self.failure:
             raise UserError(self.failure)
@@ -237,23 +263,22 @@ class Grid:
         with self.changed:
             self.stopping = True
             for process in self.running.values():
-                process.terminate()  # train.py saves and ends
+                if process:
+                    process.terminate()  # train.py saves and ends
             self.changed.notify_all()
 
     def work(self, device):
         """Take one cell after another, until there is none."""
         while cell := self.take():
             try:
-                failure = self.run(cell, device)
+                self.run(cell, device)
             except (UserError, OSError) as e:
-                failure = str(e)
+                if not self.stopping:
+                    self.failure = f"{cell}: {e}"
+                self.stop()
             with self.changed:
                 del self.running[cell]
-                if failure and not self.stopping:
-                    self.failure = f"{cell}: {failure}"
                 self.changed.notify_all()
-            if self.failure:
-                self.stop()
 
     def take(self):
         """The next cell; waits where only the outcome of one under way can tell. None: there is nothing left."""
@@ -269,20 +294,16 @@ class Grid:
                 self.changed.wait()
 
     def run(self, cell, device):
-        """Train a cell to its end -> None, or the last words of a run that failed."""
-        run, began = self.study.run(cell), time.monotonic()
+        """Train a cell to its end; UserError with the last words of a run that failed."""
+        run = self.study.run(cell)
         wait_until_free(run.path)
-        command = [sys.executable, TRAIN, self.study.config, *self.study.flags(cell), f"--out_dir={run}"]
-        command += [f"--device={device}"] * bool(device) + ["--resume"] * run.holds("config.json")
+        flags = [f"--out_dir={run}", *["--resume"] * run.holds("config.json")]
+        run.path.mkdir(parents=True, exist_ok=True)
         log = run.path / "log.txt"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
-        if device == "cpu":
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // self.devices.count("cpu"))))
-        # A pipe, so that the run ends with this process, however that ends; a session of its own, so that
-        # Ctrl-C reaches it once, through stop().
+        # The output goes through a pipe, so that a run ends with this process, however that ends; a session
+        # of its own, so that Ctrl-C reaches it only through stop().
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
-        with open(log, "wb") as f, subprocess.Popen(command, env=environment, **pipes) as process:
+        with open(log, "wb") as f, subprocess.Popen(**self.program(cell, device, flags), **pipes) as process:
             with self.changed:
                 self.running[cell] = process
                 if self.stopping:
@@ -292,25 +313,34 @@ class Grid:
                 f.flush()
         loss = outcome(run)
         if loss is None:
-            words = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            return f"{words[-1] if words else f'status {process.returncode}'} ({log} tells more)"
+            raise UserError(f"{last_line(log.read_bytes())} ({log} tells more)")
         for left in (*run.path.glob("*.pt"), log):
             left.unlink()
         with self.changed:
             self.outcomes[cell] = loss
-            self.seconds.append(time.monotonic() - began)
-            self.tell(cell, loss)
+            self.tell(cell)
 
-    def tell(self, cell, loss):
-        cells = self.study.cells(self.outcomes)
-        left = sum(cell not in self.outcomes for cell in cells)
-        if self.study.tune:  # and those whose rate is not known yet
-            left += sum(not self.study.search(arm, self.outcomes)[1] for arm in self.study.arms) * (
-                len(self.study.seeds) - 1
-            )
-        seconds = left * sum(self.seconds) / len(self.seconds) / len(self.devices)
-        what = f"val loss {loss:.4f}" if math.isfinite(loss) else "diverged"
-        print(f"{cell}: {what} in {clock(self.seconds[-1])}; {left} to go, {clock(seconds)} left", flush=True)
+    def program(self, cell, device, flags):
+        """What starts train.py for a cell: args and env of a process."""
+        flags = [*self.study.flags(cell), *[f"--device={device}"] * bool(device), *flags]
+        environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+        if device == "cpu":
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // self.devices.count("cpu"))))
+        return {"args": [sys.executable, TRAIN, self.study.config, *flags], "env": environment}
+
+    def tell(self, cell):
+        to_go, seconds = self.study.to_go(self.outcomes), self.study.seconds(self.outcomes)
+        left = f", {clock(to_go * seconds / len(self.devices))} left" if seconds else ""
+        print(f"{cell}: {loss_words(self.outcomes[cell])}; {to_go} to go{left}", flush=True)
+
+
+def loss_words(loss):
+    return f"val loss {loss:.4f}" if math.isfinite(loss) else "diverged"
+
+
+def last_line(output):
+    lines = output.decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it ended without a word"
 
 
 def wait_until_free(folder):
@@ -323,12 +353,69 @@ def wait_until_free(folder):
             time.sleep(1)
 
 
+# ---------------------------------------------------------------------------------------------------
+# The dry run.
+
+
+def list_cells(grid):
+    """Print every cell that is known so far, its parameters, and how long the rest will take."""
+    study, outcomes, at_a_time = grid.study, grid.outcomes, len(grid.devices)
+    cells = study.cells(outcomes)
+    width = max(len(str(cell)) for cell in cells)
+    print(f"{'cell':{width}} {'parameters':>13} {'non-embedding':>13} {'query path':>11}")
+    for cell in cells:
+        state = "to run" if cell not in outcomes else loss_words(outcomes[cell])
+        total, non_embedding, query_path = parameters(study, cell).values()
+        print(f"{str(cell):{width}} {total:13,} {non_embedding:13,} {query_path:11,}  {state}")
+    if any(study.search(arm, outcomes)[1] is None for arm in study.arms) and study.tune:
+        print("and as many rates as it takes for each arm's best to lie between two others")
+    seconds, to_go = study.seconds(outcomes) or trial(grid, cells[0]), study.to_go(outcomes)
+    left = clock(to_go * seconds / at_a_time)
+    print(f"at least {to_go} runs to go, of about {clock(seconds)} each: {left} with {at_a_time} at a time")
+
+
+def parameters(study, cell):
+    """{total, non_embedding, query_path}"""
+    settings, model_args = study.read(cell)
+    vocab_size = train.open_data(settings.dataset, block_size=1).meta["vocab_size"]
+    with torch.device("meta"):
+        return GPT(GPTConfig(**{"vocab_size": vocab_size, **model_args})).parameter_report()
+
+
+def trial(grid, cell):
+    """The seconds that a cell will take, judged by a few steps of it; an evaluation goes forward only: a third."""
+    s, model_args = grid.study.read(cell)
+    block_size = model_args.get("block_size", GPTConfig.block_size)
+    val_tokens = train.open_data(s.dataset, block_size).meta["val"]["tokens"]
+    evaluations = 1 + len(range(0, s.max_iters, s.eval_interval))
+    tokens = s.max_iters * s.batch_size * s.gradient_accumulation_steps * block_size
+    tokens += evaluations * min(s.eval_tokens or math.inf, val_tokens) / 3
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [f"--out_dir={folder}/run", "--max_iters=6", "--eval_tokens=1", "--gradient_accumulation_steps=1"]
+        program = grid.program(cell, grid.devices[0], [*flags, "--eval_interval=6", "--log_interval=1"])
+        done = subprocess.run(**program, capture_output=True)
+        if done.returncode:
+            raise UserError(f"{cell}: {last_line(done.stderr)}")
+        return tokens / RunFolder(f"{folder}/run").read_json("summary.json")["tokens_per_second"]
+
+
+# ---------------------------------------------------------------------------------------------------
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     study, devices, dry_run = read_command(argv)
+    if dry_run:
+        list_cells(Grid(study, devices))
+        return 0
     with locked(study.folder):
         begin(study, shlex.join(["python", "ablate.py", *argv]))
-        done = Grid(study, devices).go()
+        grid = Grid(study, devices)
+        try:
+            done = grid.go()
+        finally:
+            if grid.outcomes:
+                report.write(study, grid.outcomes)
     return 0 if done else 143
 
 

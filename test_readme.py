@@ -8,6 +8,7 @@ import subprocess
 import pytest
 import torch
 
+import ablate
 import bench
 import import_checkpoint
 import prepare_data
@@ -35,6 +36,8 @@ def test_each_command_is_understood(line, monkeypatch):
         bench.read_options(arguments)
     elif program == "import_checkpoint.py":
         assert import_checkpoint.read_command(arguments)
+    elif program == "ablate.py":
+        assert ablate.read_command(arguments)
     elif program == "prepare_data.py":
         prepare_data.read_options(arguments)
     else:

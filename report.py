@@ -1,0 +1,302 @@
+"""What ablate.py found, from the records of the runs: report.md, and two pictures where matplotlib is installed.
+
+Every number is computed from the runs' summary.json, config.json and metrics.jsonl.
+"""
+
+import math
+import statistics
+from dataclasses import dataclass
+
+import numpy as np
+
+from run_folder import RunFolder
+
+COLOURS = ("#000000", "#56B4E9", "#D55E00", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#999999")  # Okabe and Ito's
+SMOOTH = 9  # points in the running mean of a training curve
+
+
+@dataclass
+class Arm:
+    """What is known of an arm so far."""
+
+    name: str
+    parameters: dict  # total, non_embedding, query_path
+    by_rate: dict  # learning rate -> validation loss, the mean over the seeds that choose; inf: one diverged
+    losses: dict  # measuring seed -> validation loss at the best rate, where it did not diverge
+    speeds: list  # training tokens/s of each run
+    diverged: int
+    runs: dict  # measuring seed -> RunFolder at the best rate
+
+    @property
+    def best_rate(self):
+        return min(self.by_rate, key=self.by_rate.get, default=None)
+
+    @property
+    def bracketed(self):
+        """Whether a lower and a higher rate were tried and found worse."""
+        return bool(self.by_rate) and self.best_rate not in (min(self.by_rate), max(self.by_rate))
+
+
+def summarise(study, outcomes):
+    """The arms of a study, the baseline first. outcomes: {cell: loss, inf where it diverged}.
+
+    Under --tune the first seed chooses the rate and the others measure, so that no arm gains from a lucky draw
+    in the choice; without it all seeds do both.
+    """
+    done = [cell for cell in study.cells(outcomes) if cell in outcomes]
+    choosing = study.seeds[:1] if study.tune else study.seeds
+    measuring = study.seeds[1:] if study.tune else study.seeds
+    arms = []
+    for name in study.arms:
+        cells = [cell for cell in done if cell.arm == name]
+        losses = {(cell.learning_rate, cell.seed): outcomes[cell] for cell in cells}
+        rates = sorted({rate for rate, _ in losses})
+        complete = [rate for rate in rates if all((rate, seed) in losses for seed in choosing)]
+        arm = Arm(
+            name=name,
+            parameters=study.run(cells[0]).read_json("config.json")["parameters"] if cells else {},
+            by_rate={rate: statistics.fmean(losses[rate, seed] for seed in choosing) for rate in complete},
+            losses={},
+            speeds=[],
+            diverged=sum(math.isinf(outcomes[cell]) for cell in cells),
+            runs={},
+        )
+        for cell in cells:
+            if math.isfinite(outcomes[cell]):
+                speed = study.run(cell).read_json("summary.json")["tokens_per_second"]
+                arm.speeds += [speed] * bool(speed)  # a run of two steps has none
+                if cell.learning_rate == arm.best_rate and cell.seed in measuring:
+                    arm.losses[cell.seed], arm.runs[cell.seed] = outcomes[cell], study.run(cell)
+        arms.append(arm)
+    return arms
+
+
+@dataclass
+class Difference:
+    """Loss of an arm minus that of the baseline, over the n seeds that both have."""
+
+    mean: float
+    half: float  # of the 95 % interval: mean - half to mean + half; nan with one seed
+    baseline: float  # mean loss of the baseline over the same seeds
+    n: int
+
+    def log_loss_percent(self):
+        return [100 * value / self.baseline for value in (self.mean, self.mean - self.half, self.mean + self.half)]
+
+    def perplexity_percent(self):
+        return [100 * math.expm1(value) for value in (self.mean, self.mean - self.half, self.mean + self.half)]
+
+
+def paired_difference(losses, baseline):
+    """{seed: loss} of an arm and of the baseline -> Difference, by Student's t over the seeds; None without pairs."""
+    seeds = [seed for seed in losses if seed in baseline]
+    if not seeds:
+        return None
+    differences, n = [losses[seed] - baseline[seed] for seed in seeds], len(seeds)
+    half = t_quantile(n - 1) * statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.nan
+    return Difference(statistics.fmean(differences), half, statistics.fmean(baseline[seed] for seed in seeds), n)
+
+
+def t_quantile(freedom):
+    """97.5 % quantile of Student's t: for t = sqrt(freedom) tan(a) the density of a is that of cos(a)^(freedom - 1)."""
+    a = np.linspace(0, math.pi / 2, 20_001)
+    density = np.cos(a) ** (freedom - 1)
+    area = np.cumsum((density[1:] + density[:-1]) / 2)  # trapezoids, up to a factor
+    return math.sqrt(freedom) * math.tan(np.interp(0.95 * area[-1], area, a[1:]))
+
+
+# ---------------------------------------------------------------------------------------------------
+# The tables.
+
+
+def main_table(arms):
+    """One row an arm."""
+    base = arms[0]
+    rows = [
+        f"| arm | parameters | non-embedding | query path | best rate | validation loss | log-loss against {base.name} "
+        f"| perplexity against {base.name} | tokens/s | diverged |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for arm in arms:
+        counts = [
+            f"{arm.parameters[key]:,}" if arm.parameters else "" for key in ("total", "non_embedding", "query_path")
+        ]
+        speed = statistics.median(arm.speeds) / statistics.median(base.speeds) if arm.speeds and base.speeds else None
+        difference = paired_difference(arm.losses, base.losses) if arm is not base else None
+        row = [arm.name, *counts, rate_words(arm), loss_words(arm.losses.values())]
+        row += (
+            [interval(difference.log_loss_percent()), interval(difference.perplexity_percent())]
+            if difference
+            else ["", ""]
+        )
+        row += [f"{speed:.2f}" if speed else "", str(arm.diverged)]
+        rows.append(f"| {' | '.join(row)} |")
+    return "\n".join(rows)
+
+
+def rate_words(arm):
+    if arm.best_rate is None:
+        return ""
+    return f"{arm.best_rate:g}" + ("" if arm.bracketed else ", not bracketed")
+
+
+def loss_words(losses):
+    losses = list(losses)
+    if not losses:
+        return ""
+    spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+    return f"{statistics.fmean(losses):.4f}{spread} (n = {len(losses)})"
+
+
+def interval(values):
+    """mean, low, high in percent -> text"""
+    mean, low, high = values
+    return f"{mean:+.2f} %" + ("" if math.isnan(low) else f" [{low:+.2f}, {high:+.2f}]")
+
+
+def rate_table(arms):
+    """The validation loss of each arm at each rate."""
+    rates = sorted({rate for arm in arms for rate in arm.by_rate})
+    rows = [f"| arm | {' | '.join(f'{rate:g}' for rate in rates)} |", "|---" * (len(rates) + 1) + "|"]
+    for arm in arms:
+        cells = []
+        for rate in rates:
+            loss = arm.by_rate.get(rate)
+            text = "" if loss is None else "diverged" if math.isinf(loss) else f"{loss:.4f}"
+            cells.append(f"**{text}**" if rate == arm.best_rate else text)
+        rows.append(f"| {arm.name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The pictures.
+
+
+def draw_rates(plt, arms, path):
+    """Validation loss against the learning rate, a line an arm."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for number, arm in enumerate(arms):
+        points = [(rate, loss) for rate, loss in arm.by_rate.items() if math.isfinite(loss)]
+        if points:
+            axes.plot(*zip(*points), "o-", color=f"C{number}", label=arm.name, markersize=4)
+            best = arm.best_rate
+            axes.plot(best, arm.by_rate[best], "o", color=f"C{number}", markersize=10, fillstyle="none")
+    rates = sorted({rate for arm in arms for rate in arm.by_rate})
+    axes.set(xscale="log", xlabel="learning rate (ring: the arm's best)", ylabel="validation loss (nats a token)")
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(bottom, min(top, bottom + 0.1 * abs(bottom)))  # what is far above the best leaves the picture
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.minorticks_off()
+    finish(figure, axes, path)
+
+
+def draw_curves(plt, arms, path):
+    """Training loss at each arm's best rate, and below it the difference from the baseline on the same batches."""
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 7), sharex=True, layout="constrained")
+    curves = {arm.name: {seed: train_curve(run) for seed, run in arm.runs.items()} for arm in arms}
+    base = curves[arms[0].name]
+    for number, arm in enumerate(arms):
+        curve = curves[arm.name]
+        shared = [seed for seed in curve if seed in base]
+        if not shared:
+            continue
+        top.plot(
+            *mean_curve([curve[seed] for seed in shared]), color=f"C{number}", label=f"{arm.name}, {arm.best_rate:g}"
+        )
+        differences = [subtract(curve[seed], base[seed]) for seed in shared]
+        bottom.plot(*mean_curve(differences), color=f"C{number}")
+    top.set(ylabel="training loss (nats a token)")
+    bottom.set(xlabel=f"step (running mean of {SMOOTH} logged steps, mean over seeds)", ylabel=f"minus {arms[0].name}")
+    late = [y for line in bottom.lines for y in line.get_ydata()[len(line.get_ydata()) // 4 :]]
+    if late:  # the first steps differ by far more than the last
+        margin = 0.2 * (max(late) - min(late)) or 0.01
+        bottom.set_ylim(min(late) - margin, max(late) + margin)
+    finish(figure, top, path)
+
+
+def train_curve(run):
+    """{step: training loss} as it was logged."""
+    return {values["step"]: values["train_loss"] for values in run.metrics() if "train_loss" in values}
+
+
+def subtract(curve, other):
+    return {step: loss - other[step] for step, loss in curve.items() if step in other}
+
+
+def mean_curve(curves):
+    """Several {step: value} -> steps and running means of the mean over those that all have."""
+    steps = [step for step in curves[0] if all(step in curve for curve in curves)]
+    values = np.array([statistics.fmean(curve[step] for curve in curves) for step in steps])
+    width = min(SMOOTH, len(values))
+    smooth = np.convolve(values, np.ones(width) / width, "valid")
+    return np.convolve(steps, np.ones(width) / width, "valid"), smooth
+
+
+def finish(figure, axes, path):
+    for each in figure.axes:
+        each.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize="small")
+    figure.savefig(path, metadata={"Date": None})  # the same records give the same file
+
+
+# ---------------------------------------------------------------------------------------------------
+# The report.
+
+
+def write(study, outcomes):
+    """Write report.md and, where matplotlib is installed, rates.svg and curves.svg into the study's folder."""
+    arms, folder = summarise(study, outcomes), RunFolder(study.folder)
+    pictures = draw(arms, study.folder)
+    folder.write_text("report.md", report(study, outcomes, arms, pictures))
+    print(f"report: {study.folder / 'report.md'}")
+
+
+def draw(arms, folder):
+    """Draw what there is to draw -> names of the files."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no pictures: they need matplotlib (pip install matplotlib)")
+        return []
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "nlqgpt"  # ids in the files, the same each time
+    import matplotlib.pyplot as plt
+
+    matplotlib.rcParams["axes.prop_cycle"] = plt.cycler(color=COLOURS)
+    draw_rates(plt, arms, folder / "rates.svg")
+    draw_curves(plt, arms, folder / "curves.svg")
+    return ["rates.svg", "curves.svg"]
+
+
+def report(study, outcomes, arms, pictures):
+    """The text of report.md."""
+    about = study.run(next(iter(outcomes))).read_json("config.json")
+    s, model = about["settings"], about["model"]
+    tokens = s["max_iters"] * s["batch_size"] * s["gradient_accumulation_steps"] * model["block_size"]
+    missing = sum(cell not in outcomes for cell in study.cells(outcomes))
+    first, *others = study.seeds
+    chosen = (
+        f"The rate was chosen with seed {first}, and the losses are those of seeds {', '.join(map(str, others))}."
+        if study.tune
+        else "The rate was chosen by the mean over all seeds, and the losses are those of the same seeds."
+    )
+    parts = [
+        f"# {study.folder.name}",
+        f"```sh\n{RunFolder(study.folder).read_json('study.json')['command']}\n```",
+        f"{len(outcomes)} runs"
+        + (f", {missing} or more to go" * bool(missing))
+        + f", each of {s['max_iters']:,} steps, "
+        f"{tokens:,} tokens of {about['data']['source']}. {model['n_layer']} layers, d {model['n_embd']}, "
+        f"{model['n_head']} heads, {s['dtype']}. {about['device']}; torch {about['versions']['torch']}.",
+        "## Each arm at its best rate",
+        main_table(arms),
+        f"{chosen} Validation loss in nats a token after the last step, mean ± standard deviation over seeds. "
+        f"Differences from {arms[0].name} are paired by seed: the same batches, and the same initial values of what "
+        "two arms share; in brackets the 95 % interval of Student's t. A best rate is not bracketed where no lower "
+        "or no higher one was tried. tokens/s: median over the arm's runs, relative to the baseline.",
+        "## Validation loss at each rate",
+        rate_table(arms),
+        *(f"![{name.removesuffix('.svg')}]({name})" for name in pictures),
+    ]
+    return "\n\n".join(parts) + "\n"
