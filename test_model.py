@@ -401,3 +401,105 @@ def test_overfits_one_batch(mode):
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.1  # random tokens: only memory helps
+
+
+# ---------------------------------------------------------------------------------------------------
+# Why a linear query is redundant: W_Q absorbed by its neighbours, in float64.
+
+
+def plain_logits(gpt, idx, skips=False):
+    """The model's own attention and MLP, without LayerNorms and, unless asked for, without skips."""
+    x = gpt.wte(idx) + gpt.wpe.weight[: idx.size(1)]
+    for block in gpt.blocks:
+        for layer in (block.attn, block.mlp):
+            x = skips * x + layer(x)
+    return gpt.lm_head(x)
+
+
+def linear_and_identity(same_w_q=False, **settings):
+    """A model with large random weights and linear queries; another with identity queries and all else the same."""
+    config = dict(block_size=12, vocab_size=20, n_layer=3, n_head=2, n_embd=16, tie_weights=False, **settings)
+    linear, identity = (GPT(GPTConfig(query_mode=mode, **config)).double() for mode in ("linear", "identity"))
+    generator = torch.Generator().manual_seed(3)
+    for p in linear.parameters():
+        torch.nn.init.normal_(p, std=1.5 * p.size(-1) ** -0.5, generator=generator)
+    if same_w_q:
+        for block in linear.blocks:
+            block.attn.query.load_state_dict(linear.blocks[0].attn.query.state_dict())
+    left_over = identity.load_state_dict(linear.state_dict(), strict=False).unexpected_keys
+    assert left_over == [f"blocks.{n}.attn.query.w_q.weight" for n in range(3)]
+    return linear, identity, torch.randint(20, (4, 12), generator=generator)
+
+
+@torch.no_grad()
+def multiply(weight, before=None, after=None):
+    """A matrix in x @ matrix -> before⁻¹ @ matrix @ after, in place."""
+    product = weight if before is None else torch.linalg.solve(before, weight)
+    weight.copy_(product if after is None else product @ after)
+
+
+@torch.no_grad()
+def absorb(linear, identity):
+    """Without skips each layer has a basis of its own, which what writes its input takes over."""
+    writers = [identity.wte.weight, identity.wpe.weight]
+    for block, original in zip(identity.blocks, linear.blocks):
+        theta = 2 * original.attn.query.w_q.weight.T  # the identity query is x / 2
+        for weight in writers:
+            multiply(weight, after=theta)
+        multiply(block.attn.key_value.weight.T, before=theta)
+        writers = [block.mlp.c_proj.weight.T]
+
+
+@torch.no_grad()
+def absorb_with_skips(linear, identity):
+    """With skips one basis, here the first layer's, runs through the whole model."""
+    theta = 2 * linear.blocks[0].attn.query.w_q.weight.T
+    blocks = identity.blocks
+    reads = [layer.weight.T for block in blocks for layer in (block.attn.key_value, block.mlp.c_fc)]
+    writes = [layer.weight.T for block in blocks for layer in (block.attn.c_proj, block.mlp.c_proj)]
+    for weight in (identity.wte.weight, identity.wpe.weight, *writes):
+        multiply(weight, after=theta)
+    for weight in (*reads, identity.lm_head.weight.T):
+        multiply(weight, before=theta)
+
+
+def distance(a, b):
+    return ((a - b).abs().max() / a.abs().max()).item()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_linear_query_can_be_absorbed_exactly(causal):
+    linear, identity, idx = linear_and_identity(causal=causal)
+    before = plain_logits(linear, idx)
+    assert distance(before, plain_logits(identity, idx)) > 1e-2  # W_Q does something
+    absorb(linear, identity)
+    assert distance(before, plain_logits(identity, idx)) < 1e-10
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_with_skips_it_can_where_the_layers_share_one_w_q(causal):
+    linear, identity, idx = linear_and_identity(same_w_q=True, causal=causal)
+    absorb_with_skips(linear, identity)
+    assert distance(plain_logits(linear, idx, skips=True), plain_logits(identity, idx, skips=True)) < 1e-10
+
+
+def test_skips_and_layer_norms_break_exactness():
+    linear, identity, idx = linear_and_identity()
+    absorb_with_skips(linear, identity)  # the first layer's basis is not the others'
+    assert distance(plain_logits(linear, idx, skips=True), plain_logits(identity, idx, skips=True)) > 1e-2
+    linear, identity, idx = linear_and_identity(same_w_q=True)
+    absorb_with_skips(linear, identity)  # no change of basis passes through a LayerNorm
+    assert distance(linear(idx)[0], identity(idx)[0]) > 1e-2
+
+
+@pytest.mark.parametrize("activation", ["gelu", "none"])
+def test_the_nonlinear_query_cannot_be_absorbed(activation):
+    """What is absorbed is a linear map. f does not see how long x is, so q is none; and with GELU q(-x) is not -q(x)."""
+    torch.manual_seed(0)
+    config = GPTConfig(n_embd=16, n_head=1, query_mode="nonlinear", query_activation=activation)
+    query, x = model_module.QUERIES["nonlinear"](config).double(), torch.randn(5, 16, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(query(2 * x), x + query.f(x) / 2, rtol=1e-3, atol=1e-3)
+        assert distance(2 * query(x), query(2 * x)) > 0.1
+        odd = distance(-query(x), query(-x))
+    assert odd > 0.1 if activation == "gelu" else odd < 1e-12
