@@ -4,8 +4,9 @@ Each cell of the grid is a run of train.py of its own, in RESULTS/CELL. An arm i
 without --arm, each combination of the other keys; the first one is the baseline. learning_rate and seed belong
 to the cells of an arm. The same command goes on where it was stopped, and at the end writes the report.
 
-With --tune each arm is compared at its own best rate: the first seed tries the given rates, then halves and
-doubles them until the best one lies between two others; the other seeds run at that rate alone, and measure.
+With --tune not every rate is run with every seed. The first seed tries the given rates, then halves and doubles
+them until the best one lies between two others; from then on the rate with the lowest mean so far gets the next
+seed, until it has them all: a rate that was lucky, or that fails with some seeds, is overtaken.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import itertools
 import math
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -97,30 +99,35 @@ class Study:
         return outcomes
 
     def cells(self, outcomes):
-        """The cells there are, as far as the outcomes of those that are done can tell."""
+        """The cells there are, as far as the outcomes of those that are done can tell; all arms' first seeds first."""
         if not self.tune:
-            return [Cell(*c) for c in itertools.product(self.arms, self.learning_rates, self.seeds)]
-        tried, best = {}, {}
-        for arm in self.arms:
-            tried[arm], best[arm] = self.search(arm, outcomes)
-        cells = [Cell(arm, rate, self.seeds[0]) for arm in self.arms for rate in tried[arm]]
-        return cells + [Cell(arm, best[arm], seed) for seed in self.seeds[1:] for arm in self.arms if best[arm]]
+            return [Cell(*cell) for cell in itertools.product(self.arms, self.learning_rates, self.seeds)]
+        cells = [cell for arm in self.arms for cell in self.search(arm, outcomes)]
+        return sorted(cells, key=lambda cell: self.seeds.index(cell.seed))
 
     def search(self, arm, outcomes):
-        """The rates of an arm to try with the first seed, and the best of them once it is known, else None."""
+        """The cells of an arm under --tune: those that are done, and what is to be run next."""
         rates = sorted(self.learning_rates)
-        while all(Cell(arm, rate, self.seeds[0]) in outcomes for rate in rates):
-            best = min(rates, key=lambda rate: outcomes[Cell(arm, rate, self.seeds[0])])
-            if best not in (rates[0], rates[-1]) or len(rates) >= MOST_RATES:
-                return rates, best
-            rates = [best / 2, *rates] if best == rates[0] else [*rates, 2 * best]
-        return rates, None
+        while True:
+            cells = [Cell(arm, rate, seed) for rate in rates for seed in self.seeds]
+            cells = [cell for cell in cells if cell in outcomes or cell.seed == self.seeds[0]]
+            if any(cell not in outcomes for cell in cells):
+                return cells
+            means = {rate: statistics.fmean(outcomes[c] for c in cells if c.learning_rate == rate) for rate in rates}
+            best = min(rates, key=means.get)
+            if best in (rates[0], rates[-1]) and len(rates) < MOST_RATES:
+                rates = [best / 2, *rates] if best == rates[0] else [*rates, 2 * best]
+            else:
+                left = [Cell(arm, best, seed) for seed in self.seeds if Cell(arm, best, seed) not in outcomes]
+                return cells + left[:1]
 
     def to_go(self, outcomes):
-        """How many cells are left, as far as the outcomes can tell."""
-        left = sum(cell not in outcomes for cell in self.cells(outcomes))
-        if self.tune:  # and those that wait for their rate
-            left += (len(self.seeds) - 1) * sum(self.search(arm, outcomes)[1] is None for arm in self.arms)
+        """How many cells are left; under --tune at least so many."""
+        left = 0
+        for arm in self.arms:
+            cells = [cell for cell in self.cells(outcomes) if cell.arm == arm]
+            most = max(sum(cell.learning_rate == rate for cell in cells) for rate in {c.learning_rate for c in cells})
+            left += sum(cell not in outcomes for cell in cells) + (len(self.seeds) - most) * self.tune
         return left
 
     def seconds(self, outcomes):
@@ -146,7 +153,7 @@ def read_command(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("config", help="config file of train.py that all cells start from")
     parser.add_argument("--arm", help=f"arms by name: {', '.join(named_arms(0))}")
-    parser.add_argument("--tune", action="store_true", help="find each arm's best rate, then measure there")
+    parser.add_argument("--tune", action="store_true", help="find each arm's best rate, and spend the seeds there")
     parser.add_argument("--devices", help="one run at a time on each: cuda:0,cuda:1 or cpu,cpu; default: one")
     parser.add_argument("--out", type=Path, help="the study's folder; default: results/NAME_OF_CONFIG")
     parser.add_argument("--dry-run", action="store_true", help="list the cells and what they cost; run nothing")
@@ -157,8 +164,6 @@ def read_command(argv):
     axes = {key: read_values(key, values) for key, values in flags.items()}
     settings, model_args = train.read_command([options.config])
     rates, seeds = axes.pop("learning_rate", [settings.learning_rate]), axes.pop("seed", [settings.seed])
-    if options.tune and len(seeds) < 2:
-        parser.error("--tune needs at least two seeds: one to find the rates, the others to measure")
     arms = make_arms(options.arm, axes, model_args.get("n_embd", GPTConfig.n_embd))
     folder = options.out or Path("results") / Path(options.config).stem
     study = Study(options.config, arms, rates, seeds, options.tune, folder)
@@ -367,8 +372,8 @@ def list_cells(grid):
         state = "to run" if cell not in outcomes else loss_words(outcomes[cell])
         total, non_embedding, query_path = parameters(study, cell).values()
         print(f"{str(cell):{width}} {total:13,} {non_embedding:13,} {query_path:11,}  {state}")
-    if any(study.search(arm, outcomes)[1] is None for arm in study.arms) and study.tune:
-        print("and as many rates as it takes for each arm's best to lie between two others")
+    if study.tune:
+        print("and what it takes for each arm's best rate to lie between two others and have all seeds")
     seconds, to_go = study.seconds(outcomes) or trial(grid, cells[0]), study.to_go(outcomes)
     left = clock(to_go * seconds / at_a_time)
     print(f"at least {to_go} runs to go, of about {clock(seconds)} each: {left} with {at_a_time} at a time")

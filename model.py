@@ -170,6 +170,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """d -> mlp_hidden -> d, with a GELU between, at each position alone."""
+
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, config.mlp_hidden, bias=config.bias)
@@ -182,6 +184,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention, then the MLP, each read from a LayerNorm of the residual stream x (B, T, d) and added to it."""
+
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)

@@ -21,15 +21,16 @@ class Arm:
 
     name: str
     parameters: dict  # total, non_embedding, query_path
-    by_rate: dict  # learning rate -> validation loss, the mean over the seeds that choose; inf: one diverged
-    losses: dict  # measuring seed -> validation loss at the best rate, where it did not diverge
+    by_rate: dict  # learning rate -> [validation loss of each seed it was run with; inf: diverged]
+    losses: dict  # seed -> validation loss at the best rate, where it did not diverge
     speeds: list  # training tokens/s of each run
     diverged: int
-    runs: dict  # measuring seed -> RunFolder at the best rate
+    runs: dict  # the same seeds -> RunFolder
 
     @property
     def best_rate(self):
-        return min(self.by_rate, key=self.by_rate.get, default=None)
+        """The one with the lowest mean over the seeds it was run with."""
+        return min(self.by_rate, key=lambda rate: statistics.fmean(self.by_rate[rate]), default=None)
 
     @property
     def bracketed(self):
@@ -38,34 +39,19 @@ class Arm:
 
 
 def summarise(study, outcomes):
-    """The arms of a study, the baseline first. outcomes: {cell: loss, inf where it diverged}.
-
-    Under --tune the first seed chooses the rate and the others measure, so that no arm gains from a lucky draw
-    in the choice; without it all seeds do both.
-    """
-    done = [cell for cell in study.cells(outcomes) if cell in outcomes]
-    choosing = study.seeds[:1] if study.tune else study.seeds
-    measuring = study.seeds[1:] if study.tune else study.seeds
+    """The arms of a study, the baseline first. outcomes: {cell: loss, inf where it diverged}."""
     arms = []
     for name in study.arms:
-        cells = [cell for cell in done if cell.arm == name]
-        losses = {(cell.learning_rate, cell.seed): outcomes[cell] for cell in cells}
-        rates = sorted({rate for rate, _ in losses})
-        complete = [rate for rate in rates if all((rate, seed) in losses for seed in choosing)]
-        arm = Arm(
-            name=name,
-            parameters=study.run(cells[0]).read_json("config.json")["parameters"] if cells else {},
-            by_rate={rate: statistics.fmean(losses[rate, seed] for seed in choosing) for rate in complete},
-            losses={},
-            speeds=[],
-            diverged=sum(math.isinf(outcomes[cell]) for cell in cells),
-            runs={},
-        )
+        cells = [cell for cell in study.cells(outcomes) if cell.arm == name and cell in outcomes]
+        parameters = study.run(cells[0]).read_json("config.json")["parameters"] if cells else {}
+        arm = Arm(name, parameters, {}, {}, [], sum(math.isinf(outcomes[cell]) for cell in cells), {})
+        for cell in cells:
+            arm.by_rate.setdefault(cell.learning_rate, []).append(outcomes[cell])
         for cell in cells:
             if math.isfinite(outcomes[cell]):
                 speed = study.run(cell).read_json("summary.json")["tokens_per_second"]
                 arm.speeds += [speed] * bool(speed)  # a run of two steps has none
-                if cell.learning_rate == arm.best_rate and cell.seed in measuring:
+                if cell.learning_rate == arm.best_rate:
                     arm.losses[cell.seed], arm.runs[cell.seed] = outcomes[cell], study.run(cell)
         arms.append(arm)
     return arms
@@ -155,17 +141,22 @@ def interval(values):
 
 
 def rate_table(arms):
-    """The validation loss of each arm at each rate."""
+    """The mean validation loss of each arm at each rate, and over how many seeds."""
     rates = sorted({rate for arm in arms for rate in arm.by_rate})
     rows = [f"| arm | {' | '.join(f'{rate:g}' for rate in rates)} |", "|---" * (len(rates) + 1) + "|"]
     for arm in arms:
         cells = []
         for rate in rates:
-            loss = arm.by_rate.get(rate)
-            text = "" if loss is None else "diverged" if math.isinf(loss) else f"{loss:.4f}"
+            losses = arm.by_rate.get(rate, [])
+            text = f"{mean_words(losses)} ({len(losses)})" if losses else ""
             cells.append(f"**{text}**" if rate == arm.best_rate else text)
         rows.append(f"| {arm.name} | {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def mean_words(losses):
+    mean = statistics.fmean(losses)
+    return f"{mean:.4f}" if math.isfinite(mean) else f"{sum(map(math.isinf, losses))} diverged"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -176,11 +167,12 @@ def draw_rates(plt, arms, path):
     """Validation loss against the learning rate, a line an arm."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for number, arm in enumerate(arms):
-        points = [(rate, loss) for rate, loss in arm.by_rate.items() if math.isfinite(loss)]
+        means = {rate: statistics.fmean(arm.by_rate[rate]) for rate in sorted(arm.by_rate)}
+        points = [(rate, mean) for rate, mean in means.items() if math.isfinite(mean)]
         if points:
             axes.plot(*zip(*points), "o-", color=f"C{number}", label=arm.name, markersize=4)
-            best = arm.best_rate
-            axes.plot(best, arm.by_rate[best], "o", color=f"C{number}", markersize=10, fillstyle="none")
+            best = min(points, key=lambda point: point[1])
+            axes.plot(*best, "o", color=f"C{number}", markersize=10, fillstyle="none")
     rates = sorted({rate for arm in arms for rate in arm.by_rate})
     axes.set(xscale="log", xlabel="learning rate (ring: the arm's best)", ylabel="validation loss (nats a token)")
     bottom, top = axes.get_ylim()
@@ -275,12 +267,6 @@ def report(study, outcomes, arms, pictures):
     s, model = about["settings"], about["model"]
     tokens = s["max_iters"] * s["batch_size"] * s["gradient_accumulation_steps"] * model["block_size"]
     missing = sum(cell not in outcomes for cell in study.cells(outcomes))
-    first, *others = study.seeds
-    chosen = (
-        f"The rate was chosen with seed {first}, and the losses are those of seeds {', '.join(map(str, others))}."
-        if study.tune
-        else "The rate was chosen by the mean over all seeds, and the losses are those of the same seeds."
-    )
     parts = [
         f"# {study.folder.name}",
         f"```sh\n{RunFolder(study.folder).read_json('study.json')['command']}\n```",
@@ -291,12 +277,16 @@ def report(study, outcomes, arms, pictures):
         f"{model['n_head']} heads, {s['dtype']}. {about['device']}; torch {about['versions']['torch']}.",
         "## Each arm at its best rate",
         main_table(arms),
-        f"{chosen} Validation loss in nats a token after the last step, mean ± standard deviation over seeds. "
+        "The best rate has the lowest mean over its seeds, and the same seeds measure it. "
+        "Validation loss in nats a token after the last step, mean ± standard deviation over seeds. "
         f"Differences from {arms[0].name} are paired by seed: the same batches, and the same initial values of what "
         "two arms share; in brackets the 95 % interval of Student's t. A best rate is not bracketed where no lower "
         "or no higher one was tried. tokens/s: median over the arm's runs, relative to the baseline.",
         "## Validation loss at each rate",
         rate_table(arms),
+        "Means, and in brackets the number of seeds"
+        + ": the others went to the rate with the lowest mean so far." * study.tune
+        + "." * (not study.tune),
         *(f"![{name.removesuffix('.svg')}]({name})" for name in pictures),
     ]
     return "\n\n".join(parts) + "\n"

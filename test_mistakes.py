@@ -171,7 +171,6 @@ MISTAKES = [
     ("ablate", "tiny.py --seed=1,2 extra", USAGE, "'extra' is not understood"),
     ("ablate", "tiny.py --query_mode=linear,quadratic", USAGE, "query_mode='quadratic' is not one of"),
     ("ablate", "tiny.py --arm=linear --query_rank=4", USAGE, "query_rank=4 has no meaning"),
-    ("ablate", "tiny.py --seed=1 --tune", USAGE, "at least two seeds"),
     ("ablate", "tiny.py --out_dir=x", USAGE, "--out_dir is not for a grid"),
     ("ablate", "tiny.py --devices=cpu,tpu", FAILURE, "device=tpu is not there"),
     ("ablate", "tiny.py --dataset=nowhere", FAILURE, "python prepare_data.py text --name nowhere"),

@@ -494,7 +494,7 @@ def test_skips_and_layer_norms_break_exactness():
 
 @pytest.mark.parametrize("activation", ["gelu", "none"])
 def test_the_nonlinear_query_cannot_be_absorbed(activation):
-    """What is absorbed is a linear map. f does not see how long x is, so q is none; and with GELU q(-x) is not -q(x)."""
+    """What is absorbed is a linear map. f does not see how long x is; and with GELU q(-x) is not -q(x)."""
     torch.manual_seed(0)
     config = GPTConfig(n_embd=16, n_head=1, query_mode="nonlinear", query_activation=activation)
     query, x = model_module.QUERIES["nonlinear"](config).double(), torch.randn(5, 16, dtype=torch.float64)

@@ -199,6 +199,21 @@ def open_data(name, block_size):
 
 
 # ---------------------------------------------------------------------------------------------------
+# The schedule.
+
+
+def learning_rate(s, step):
+    """The rate of a step (0 is the first): linear warm-up, then cosine or linear decay, then min_lr."""
+    if step < s.warmup_iters:
+        return s.learning_rate * (step + 1) / (s.warmup_iters + 1)
+    if step >= s.lr_decay_iters:
+        return s.min_lr
+    done = (step - s.warmup_iters) / (s.lr_decay_iters - s.warmup_iters)  # 0 to 1
+    share = 1 - done if s.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return s.min_lr + share * (s.learning_rate - s.min_lr)
+
+
+# ---------------------------------------------------------------------------------------------------
 # Evaluation.
 
 
@@ -232,17 +247,6 @@ def evaluate(model, data, s):
 
 # ---------------------------------------------------------------------------------------------------
 # One step.
-
-
-def learning_rate(s, step):
-    """The rate of a step (0 is the first): linear warm-up, then cosine or linear decay, then min_lr."""
-    if step < s.warmup_iters:
-        return s.learning_rate * (step + 1) / (s.warmup_iters + 1)
-    if step >= s.lr_decay_iters:
-        return s.min_lr
-    done = (step - s.warmup_iters) / (s.lr_decay_iters - s.warmup_iters)  # 0 to 1
-    share = 1 - done if s.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return s.min_lr + share * (s.learning_rate - s.min_lr)
 
 
 def make_optimizer(model, s):
@@ -316,6 +320,15 @@ class Run:
         self.wandb = None
         self.started = time.perf_counter()
 
+    def go(self):
+        """Open the folder, then train, or evaluate once -> exit status."""
+        self.open()
+        if self.s.eval_only:
+            self.evaluate()
+            return 0
+        with StopSignal() as stop:
+            return self.loop(stop)
+
     def open(self):
         """Begin the run's folder, or go on from the checkpoint in it."""
         s, record = self.s, describe(self.s, self.model, self.data, self.command)
@@ -358,14 +371,57 @@ class Run:
         if s.resume:
             say(f"resumed at step {self.state['step']}")
 
-    def go(self):
-        """Open the folder, then train, or evaluate once -> exit status."""
-        self.open()
-        if self.s.eval_only:
-            self.evaluate()
-            return 0
-        with StopSignal() as stop:
-            return self.loop(stop)
+    def evaluate(self):
+        began, s, state = time.perf_counter(), self.s, self.state
+        val = evaluate(self.model, self.data, s)
+        self.check_finite(self.health + val["val_loss"])  # so that no bad weights are saved
+        best = val["val_loss"] < state["best_val_loss"]
+        state["val"] = {"step": state["step"], **val}
+        state["best_val_loss"] = min(val["val_loss"], state["best_val_loss"])
+        self.log(**val)
+        say(
+            f"step {state['step']}/{s.max_iters} val loss {val['val_loss']:.4f} perplexity {val['perplexity']:.2f} "
+            f"bits/byte {val['bits_per_byte']:.3f} in {time.perf_counter() - began:.1f} s"
+        )
+        if state["step"] > 0:
+            if best:
+                self.save("best.pt")
+            self.save("ckpt.pt")  # last: what a resumed run finds beside it is never older
+
+    def check_finite(self, value):
+        """Stop the run where the value, a number or tensor, is not finite on some rank; nothing is saved then."""
+        if not math.isfinite(sum_over_ranks(value, self.s.device)):
+            self.log(diverged=True)
+            kept = "the last checkpoint is kept" if self.folder.holds("ckpt.pt") else "there is no checkpoint yet"
+            raise UserError(
+                f"the loss is not finite at step {self.state['step']}; {kept}. A lower learning_rate "
+                f"(now {self.s.learning_rate:g}) or a longer warm-up (now {self.s.warmup_iters}) may help"
+            )
+
+    def save(self, name):
+        """ckpt.pt is all that resuming needs, best.pt the model alone."""
+        if not self.writes:
+            return
+        checkpoint = {
+            "model": self.model.state_dict(),
+            "config": asdict(self.model.config),
+            "tokenizer": self.data.meta["tokenizer"],
+            "state": {**self.state, "seconds": self.seconds()},
+        }
+        if name == "ckpt.pt":
+            checkpoint |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        self.folder.save(name, checkpoint)
+
+    def log(self, **values):
+        values = {"step": self.state["step"], **values, "seconds": round(self.seconds(), 3)}
+        if self.writes:
+            self.folder.log(values)
+        if self.wandb:
+            self.wandb.log(values, step=self.state["step"])
+
+    def seconds(self):
+        """Since the run began, earlier sittings included."""
+        return self.state["seconds"] + time.perf_counter() - self.started
 
     def loop(self, stop):
         """Evaluate, train, log and save until max_iters or a signal -> exit status."""
@@ -401,23 +457,6 @@ class Run:
     def start_lap(self):
         self.lap_steps, self.lap_start = 0, time.perf_counter()
 
-    def evaluate(self):
-        began, s, state = time.perf_counter(), self.s, self.state
-        val = evaluate(self.model, self.data, s)
-        self.check_finite(self.health + val["val_loss"])  # so that no bad weights are saved
-        best = val["val_loss"] < state["best_val_loss"]
-        state["val"] = {"step": state["step"], **val}
-        state["best_val_loss"] = min(val["val_loss"], state["best_val_loss"])
-        self.log(**val)
-        say(
-            f"step {state['step']}/{s.max_iters} val loss {val['val_loss']:.4f} perplexity {val['perplexity']:.2f} "
-            f"bits/byte {val['bits_per_byte']:.3f} in {time.perf_counter() - began:.1f} s"
-        )
-        if state["step"] > 0:
-            if best:
-                self.save("best.pt")
-            self.save("ckpt.pt")  # last: what a resumed run finds beside it is never older
-
     def log_step(self, loss, norm):
         s, state, step = self.s, self.state, self.state["step"]
         self.check_finite(self.health)
@@ -434,41 +473,6 @@ class Run:
             tail = f"{short(speed)} tok/s {f'mfu {mfu:.0%} ' if mfu else ''}{left} left"
         self.log(train_loss=loss, learning_rate=rate, grad_norm=norm, tokens_per_second=speed, mfu=mfu)
         say(f"step {step}/{s.max_iters} loss {loss:.4f} lr {rate:.1e} norm {norm:.2f} {tail}")
-
-    def check_finite(self, value):
-        """Stop the run where the value, a number or tensor, is not finite on some rank; nothing is saved then."""
-        if not math.isfinite(sum_over_ranks(value, self.s.device)):
-            self.log(diverged=True)
-            kept = "the last checkpoint is kept" if self.folder.holds("ckpt.pt") else "there is no checkpoint yet"
-            raise UserError(
-                f"the loss is not finite at step {self.state['step']}; {kept}. A lower learning_rate "
-                f"(now {self.s.learning_rate:g}) or a longer warm-up (now {self.s.warmup_iters}) may help"
-            )
-
-    def seconds(self):
-        """Since the run began, earlier sittings included."""
-        return self.state["seconds"] + time.perf_counter() - self.started
-
-    def log(self, **values):
-        values = {"step": self.state["step"], **values, "seconds": round(self.seconds(), 3)}
-        if self.writes:
-            self.folder.log(values)
-        if self.wandb:
-            self.wandb.log(values, step=self.state["step"])
-
-    def save(self, name):
-        """ckpt.pt is all that resuming needs, best.pt the model alone."""
-        if not self.writes:
-            return
-        checkpoint = {
-            "model": self.model.state_dict(),
-            "config": asdict(self.model.config),
-            "tokenizer": self.data.meta["tokenizer"],
-            "state": {**self.state, "seconds": self.seconds()},
-        }
-        if name == "ckpt.pt":
-            checkpoint |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-        self.folder.save(name, checkpoint)
 
     def finish(self):
         """Write summary.json and say how it ended -> exit status 0."""
