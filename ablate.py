@@ -2,11 +2,11 @@
 
 Each cell of the grid is a run of train.py of its own, in RESULTS/CELL. An arm is a row of the table below or,
 without --arm, each combination of the other keys; the first one is the baseline. learning_rate and seed belong
-to the cells of an arm. The same command goes on where it was stopped, and at the end writes the report.
+to the cells of an arm. The same command continues where it was stopped, and at the end writes the report.
 
-With --tune not every rate is run with every seed. The first seed tries the given rates, then halves and doubles
-them until the best one lies between two others; from then on the rate with the lowest mean so far gets the next
-seed, until it has them all: a rate that was lucky, or that fails with some seeds, is overtaken.
+With --tune=SEEDS each arm is measured at its own best rate. The first of these seeds tries the given rates, then
+halves and doubles them until the best one lies between two others; from then on the rate with the lowest mean so
+far gets the next of these seeds, until it has them all. The seeds of --seed, which must be others, measure there.
 """
 
 import argparse
@@ -26,17 +26,18 @@ from typing import NamedTuple
 
 import torch
 
-
 import machine
 import report
 import train
 from command import Parser, UserError, clock, convert, run_program, split_command
 from files import locked
 from model import GPT, GPTConfig
-from run_folder import RunFolder
+from run_folder import RunFolder, check_resume
 
 TRAIN = Path(__file__).parent / "train.py"
 MOST_RATES = 12  # of an arm: --tune gives up after so many
+NOT_FOR_A_GRID = {"out_dir", "resume", "eval_only", "device"}
+MAY_DIFFER = {"device", "compile", "peak_tflops", "log_interval", "wandb_log", "wandb_project"}  # between cells
 
 
 def named_arms(d):
@@ -71,8 +72,8 @@ class Study:
     config: str  # the config file that every cell starts from
     arms: dict  # name -> the settings that the arm changes; the first is the baseline
     learning_rates: list
-    seeds: list
-    tune: bool
+    tuning_seeds: list  # those that find the rates; empty: every rate is run with every seed
+    seeds: list  # those that measure
     folder: Path
 
     def flags(self, cell):
@@ -84,7 +85,7 @@ class Study:
         """(Settings, dict of the model's settings) of a cell, as train.py will see them."""
         return train.read_command([self.config, *self.flags(cell)])
 
-    def run(self, cell):
+    def run_folder(self, cell):
         return RunFolder(self.folder / str(cell))
 
     def outcomes(self):
@@ -93,54 +94,70 @@ class Study:
         while known < len(outcomes):  # under --tune, what is done decides what else there is
             known = len(outcomes)
             for cell in self.cells(outcomes):
-                loss = outcome(self.run(cell))
+                loss = outcome(self.run_folder(cell))
                 if loss is not None:
                     outcomes[cell] = loss
         return outcomes
 
     def cells(self, outcomes):
-        """The cells there are, as far as the outcomes of those that are done can tell; all arms' first seeds first."""
-        if not self.tune:
+        """The cells there are, as far as the outcomes of those that are done can tell."""
+        if not self.tuning_seeds:
             return [Cell(*cell) for cell in itertools.product(self.arms, self.learning_rates, self.seeds)]
-        cells = [cell for arm in self.arms for cell in self.search(arm, outcomes)]
-        return sorted(cells, key=lambda cell: self.seeds.index(cell.seed))
+        cells, order = [], [*self.tuning_seeds, *self.seeds]
+        for arm in self.arms:
+            tuning, best = self.search(arm, outcomes)
+            cells += tuning + [Cell(arm, best, seed) for seed in self.seeds if best]
+        return sorted(cells, key=lambda cell: order.index(cell.seed))  # so that the arms stay level
 
     def search(self, arm, outcomes):
-        """The cells of an arm under --tune: those that are done, and what is to be run next."""
-        rates = sorted(self.learning_rates)
-        while True:
-            cells = [Cell(arm, rate, seed) for rate in rates for seed in self.seeds]
-            cells = [cell for cell in cells if cell in outcomes or cell.seed == self.seeds[0]]
-            if any(cell not in outcomes for cell in cells):
-                return cells
-            means = {rate: statistics.fmean(outcomes[c] for c in cells if c.learning_rate == rate) for rate in rates}
-            best = min(rates, key=means.get)
-            if best in (rates[0], rates[-1]) and len(rates) < MOST_RATES:
-                rates = [best / 2, *rates] if best == rates[0] else [*rates, 2 * best]
-            else:
-                left = [Cell(arm, best, seed) for seed in self.seeds if Cell(arm, best, seed) not in outcomes]
-                return cells + left[:1]
+        """The cells of an arm that look for its best rate, and that rate once it is known, else None."""
+        first = self.tuning_seeds[0]
+        rates = sorted({*self.learning_rates, *(cell.learning_rate for cell in outcomes if cell.arm == arm)})
+        cells = [Cell(arm, rate, seed) for rate in rates for seed in self.tuning_seeds]
+        cells = [cell for cell in cells if cell in outcomes or cell.seed == first]
+        if any(cell not in outcomes for cell in cells):
+            return cells, None
+        means = {rate: statistics.fmean(outcomes[c] for c in cells if c.learning_rate == rate) for rate in rates}
+        best = min(rates, key=means.get)
+        if best in (rates[0], rates[-1]) and len(rates) < MOST_RATES:
+            return [*cells, Cell(arm, best / 2 if best == rates[0] else best * 2, first)], None
+        left = [Cell(arm, best, seed) for seed in self.tuning_seeds if Cell(arm, best, seed) not in outcomes]
+        return cells + left[:1], None if left else best
 
     def to_go(self, outcomes):
         """How many cells are left; under --tune at least so many."""
-        left = 0
-        for arm in self.arms:
-            cells = [cell for cell in self.cells(outcomes) if cell.arm == arm]
-            most = max(sum(cell.learning_rate == rate for cell in cells) for rate in {c.learning_rate for c in cells})
-            left += sum(cell not in outcomes for cell in cells) + (len(self.seeds) - most) * self.tune
+        left = sum(cell not in outcomes for cell in self.cells(outcomes))
+        if self.tuning_seeds:
+            left += len(self.seeds) * sum(self.search(arm, outcomes)[1] is None for arm in self.arms)
         return left
 
-    def seconds(self, outcomes):
-        """What a cell took, on average over those that are finished; None before the first."""
-        took = [self.run(cell).read_json("summary.json")["seconds"] for cell in outcomes if outcomes[cell] < math.inf]
-        return sum(took) / len(took) if took else None
+    def expected(self, cell):
+        """What the cell's config.json must say of its settings, model and data."""
+        settings, model_args = self.read(cell)
+        meta = train.open_data(settings.dataset, model_args.get("block_size", GPTConfig.block_size)).meta
+        return {
+            "settings": dataclasses.asdict(train.resolve(settings)),
+            "model": dataclasses.asdict(GPTConfig(**{"vocab_size": meta["vocab_size"], **model_args})),
+            "data": {"sha256": {split: meta[split]["sha256"] for split in ("train", "val")}},
+        }
+
+    def check(self, outcomes):
+        """Refuse a folder that has cells of other settings or of other data."""
+        for cell in self.cells(outcomes):
+            expected, folder = self.expected(cell), self.run_folder(cell)
+            if folder.holds("config.json"):
+                begun = folder.read_json("config.json")
+                try:
+                    check_resume(begun, expected, MAY_DIFFER)
+                except UserError as e:
+                    raise UserError(f"{folder}: {e}; choose another --out") from None
 
 
-def outcome(run):
+def outcome(folder):
     """A finished run's final validation loss, inf where it diverged; None where it is not finished."""
-    if run.holds("summary.json"):
-        return run.read_json("summary.json")["final_val_loss"]
-    metrics = run.metrics()
+    if folder.holds("summary.json"):
+        return folder.read_json("summary.json", "final_val_loss", "seconds", "tokens_per_second")["final_val_loss"]
+    metrics = folder.metrics()
     return math.inf if metrics and metrics[-1].get("diverged") else None
 
 
@@ -153,7 +170,7 @@ def read_command(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("config", help="config file of train.py that all cells start from")
     parser.add_argument("--arm", help=f"arms by name: {', '.join(named_arms(0))}")
-    parser.add_argument("--tune", action="store_true", help="find each arm's best rate, and spend the seeds there")
+    parser.add_argument("--tune", metavar="SEEDS", help="find each arm's best rate with these seeds")
     parser.add_argument("--devices", help="one run at a time on each: cuda:0,cuda:1 or cpu,cpu; default: one")
     parser.add_argument("--out", type=Path, help="the study's folder; default: results/NAME_OF_CONFIG")
     parser.add_argument("--dry-run", action="store_true", help="list the cells and what they cost; run nothing")
@@ -164,20 +181,20 @@ def read_command(argv):
     axes = {key: read_values(key, values) for key, values in flags.items()}
     settings, model_args = train.read_command([options.config])
     rates, seeds = axes.pop("learning_rate", [settings.learning_rate]), axes.pop("seed", [settings.seed])
+    tuning_seeds = read_values("seed", options.tune) if options.tune else []
+    if set(seeds) & set(tuning_seeds):
+        parser.error(f"--tune={options.tune} and --seed share a seed; what finds a rate must not measure it")
     arms = make_arms(options.arm, axes, model_args.get("n_embd", GPTConfig.n_embd))
     folder = options.out or Path("results") / Path(options.config).stem
-    study = Study(options.config, arms, rates, seeds, options.tune, folder)
-    for cell in itertools.product(arms, rates, seeds):
-        train.resolve(study.read(Cell(*cell))[0])  # tells a mistake before any work is done
+    study = Study(options.config, arms, rates, tuning_seeds, seeds, folder)
     devices = options.devices.split(",") if options.devices else [None]
-    for device in devices:
-        machine.pick_device(device)
-    return study, devices, options.dry_run
+    check_cells(study, devices)
+    return study, [device and machine.pick_device(device) for device in devices], options.dry_run
 
 
 def read_values(key, text):
     """The values v1,v2,... of a flag."""
-    if key in ("out_dir", "resume", "eval_only", "device"):
+    if key in NOT_FOR_A_GRID:
         raise UserError(f"--{key} is not for a grid; see --out and --devices", status=2)
     values = [convert(key, value, train.KINDS, "command line") for value in str(text).split(",")]
     if len(set(values)) < len(values):
@@ -195,49 +212,34 @@ def make_arms(names, axes, d):
         for name in names.split(",") if names else []:
             if name not in table:
                 raise UserError(f"--arm={name} is not one of {', '.join(table)}", status=2)
+            for key in table[name].keys() & chosen.keys():
+                raise UserError(f"--{key} is what the arm {name} sets; leave one of them out", status=2)
             arms[",".join([name, *varied])] = {**table[name], **chosen}
         if not names:
             arms[",".join(varied) or "baseline"] = chosen
     return arms
 
 
+def check_cells(study, devices):
+    """Tell a mistake before any work is done."""
+    cells = [
+        Cell(*cell) for cell in itertools.product(study.arms, study.learning_rates, study.tuning_seeds + study.seeds)
+    ]
+    names = {Path(str(cell)).name for cell in cells}
+    if len(names) < len(cells) or any(str(cell) not in names for cell in cells):
+        raise UserError("two cells would have one name, or a name would be a path; choose other values", status=2)
+    for cell in cells:
+        settings, _ = study.read(cell)
+        for device in devices:
+            if device == "":
+                raise UserError("--devices names an empty device", status=2)
+            train.resolve(dataclasses.replace(settings, device=device or settings.device))
+        if study.tuning_seeds and settings.min_lr is not None:
+            raise UserError(f"--tune changes the rate, so min_lr={settings.min_lr:g} must not be fixed: --min_lr=auto")
+
+
 # ---------------------------------------------------------------------------------------------------
 # Running the cells.
-
-
-def begin(study, command):
-    """Write study.json; refuse a folder whose cells were run under other settings or on other data."""
-    settings, model_args = train.read_command([study.config])
-    data = {}
-    for arm in study.arms:
-        s, args = study.read(Cell(arm, study.learning_rates[0], study.seeds[0]))
-        meta = train.open_data(s.dataset, args.get("block_size", GPTConfig.block_size)).meta
-        data[s.dataset] = {"source": meta["source"], **{split: meta[split]["sha256"] for split in ("train", "val")}}
-    record = {
-        "command": command,
-        "config": study.config,
-        "settings": {**dataclasses.asdict(settings), **model_args},
-        "data": data,
-        "arms": study.arms,
-        "learning_rates": study.learning_rates,
-        "seeds": study.seeds,
-        "tune": study.tune,
-    }
-    folder = RunFolder(study.folder)
-    if folder.holds("study.json"):
-        before = folder.read_json("study.json")
-        for name, now in record["data"].items():
-            was = before["data"].get(name, now)
-            if was != now:
-                raise UserError(
-                    f"{study.folder} was begun with another text in {name}: {was['source']}; choose another --out"
-                )
-        for part in ("settings", "arms"):
-            for key, now in record[part].items():
-                was = before[part].get(key, now)
-                if was != now:
-                    raise UserError(f"{study.folder} was begun with {key}={was}, now {now}; choose another --out")
-    folder.write_json("study.json", record)
 
 
 class Grid:
@@ -250,7 +252,9 @@ class Grid:
         self.changed = threading.Condition()
 
     def go(self):
-        """Run what is left -> whether all of it was run; False after a signal."""
+        """Run what is left -> the number of the signal that stopped it, or 0; self.failure says what failed."""
+        for cell in self.outcomes:
+            clean(self.study.run_folder(cell))  # a kill may have come between the end of a run and this
         workers = [threading.Thread(target=self.work, args=(device,), daemon=True) for device in self.devices]
         with machine.StopSignal() as stop:
             for worker in workers:
@@ -258,11 +262,9 @@ class Grid:
             while any(worker.is_alive() for worker in workers):
                 time.sleep(0.1)
                 if stop.number and not self.stopping:
-                    print("stopping: what runs is saved, and the same command goes on", flush=True)
+                    print("stopping: what runs is saved, and the same command continues", flush=True)
                     self.stop()
-        if self.failure:
-            raise UserError(self.failure)
-        return not self.stopping
+        return stop.number
 
     def stop(self):
         with self.changed:
@@ -276,14 +278,16 @@ class Grid:
         """Take one cell after another, until there is none."""
         while cell := self.take():
             try:
-                self.run(cell, device)
-            except (UserError, OSError) as e:
+                self.train(cell, device)
+            except Exception as e:
                 if not self.stopping:
-                    self.failure = f"{cell}: {e}"
+                    known = isinstance(e, (UserError, OSError))
+                    self.failure = UserError(f"{cell}: {e}") if known else e
                 self.stop()
-            with self.changed:
-                del self.running[cell]
-                self.changed.notify_all()
+            finally:
+                with self.changed:
+                    del self.running[cell]
+                    self.changed.notify_all()
 
     def take(self):
         """The next cell; waits where only the outcome of one under way can tell. None: there is nothing left."""
@@ -298,13 +302,13 @@ class Grid:
                     return None
                 self.changed.wait()
 
-    def run(self, cell, device):
+    def train(self, cell, device):
         """Train a cell to its end; UserError with the last words of a run that failed."""
-        run = self.study.run(cell)
-        wait_until_free(run.path)
-        flags = [f"--out_dir={run}", *["--resume"] * run.holds("config.json")]
-        run.path.mkdir(parents=True, exist_ok=True)
-        log = run.path / "log.txt"
+        folder = self.study.run_folder(cell)
+        self.wait_until_free(folder.path)
+        flags = [f"--out_dir={folder}", *["--resume"] * folder.holds("config.json")]
+        folder.path.mkdir(parents=True, exist_ok=True)
+        log = folder.path / "log.txt"
         # The output goes through a pipe, so that a run ends with this process, however that ends; a session
         # of its own, so that Ctrl-C reaches it only through stop().
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
@@ -316,14 +320,23 @@ class Grid:
             for line in process.stdout:
                 f.write(line)
                 f.flush()
-        loss = outcome(run)
+        loss = outcome(folder)
         if loss is None:
-            raise UserError(f"{last_line(log.read_bytes())} ({log} tells more)")
-        for left in (*run.path.glob("*.pt"), log):
-            left.unlink()
+            raise UserError(f"{last_words(process, log.read_bytes())} ({log} tells more)")
+        clean(folder)
         with self.changed:
             self.outcomes[cell] = loss
             self.tell(cell)
+
+    def wait_until_free(self, folder):
+        """A run whose ablate.py was killed ends with the next line it prints; until then it holds its folder."""
+        while not self.stopping:
+            try:
+                with locked(folder):
+                    return
+            except UserError:
+                print(f"waiting for a run that is still at work in {folder}", flush=True)
+                time.sleep(2)
 
     def program(self, cell, device, flags):
         """What starts train.py for a cell: args and env of a process."""
@@ -334,28 +347,36 @@ class Grid:
         return {"args": [sys.executable, TRAIN, self.study.config, *flags], "env": environment}
 
     def tell(self, cell):
-        to_go, seconds = self.study.to_go(self.outcomes), self.study.seconds(self.outcomes)
-        left = f", {clock(to_go * seconds / len(self.devices))} left" if seconds else ""
-        print(f"{cell}: {loss_words(self.outcomes[cell])}; {to_go} to go{left}", flush=True)
+        words = f"val loss {self.outcomes[cell]:.4f}" if math.isfinite(self.outcomes[cell]) else "diverged"
+        print(f"{cell}: {words}; {self.left(self.seconds())}", flush=True)
+
+    def left(self, seconds):
+        """How many cells are to go, and for how long if each takes so many seconds."""
+        to_go, at_a_time = self.study.to_go(self.outcomes), len(self.devices)
+        words = f"{'at least ' * bool(self.study.tuning_seeds and to_go)}{to_go} to go"
+        return words + (f", {clock(to_go * seconds / at_a_time)}" if seconds else "")
+
+    def seconds(self):
+        """What a cell took, on average over those that are finished; None before the first."""
+        done = [self.study.run_folder(cell) for cell, loss in self.outcomes.items() if math.isfinite(loss)]
+        return (
+            statistics.fmean(folder.read_json("summary.json", "seconds")["seconds"] for folder in done)
+            if done
+            else None
+        )
 
 
-def loss_words(loss):
-    return f"val loss {loss:.4f}" if math.isfinite(loss) else "diverged"
+def clean(folder):
+    """Of a finished cell only the records stay."""
+    for left in (*folder.path.glob("*.pt"), folder.path / "log.txt"):
+        left.unlink(missing_ok=True)
 
 
-def last_line(output):
+def last_words(process, output):
+    """Why a run failed."""
     lines = output.decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it ended without a word"
-
-
-def wait_until_free(folder):
-    """A run whose ablate.py was killed ends with the next line it prints; until then it holds its folder."""
-    while True:
-        try:
-            with locked(folder):
-                return
-        except UserError:
-            time.sleep(1)
+    killed = f"killed by signal {-process.returncode}" if process.returncode < 0 else None
+    return killed or (lines[-1] if lines else f"it ended with status {process.returncode}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -364,27 +385,19 @@ def wait_until_free(folder):
 
 def list_cells(grid):
     """Print every cell that is known so far, its parameters, and how long the rest will take."""
-    study, outcomes, at_a_time = grid.study, grid.outcomes, len(grid.devices)
+    study, outcomes = grid.study, grid.outcomes
     cells = study.cells(outcomes)
     width = max(len(str(cell)) for cell in cells)
     print(f"{'cell':{width}} {'parameters':>13} {'non-embedding':>13} {'query path':>11}")
     for cell in cells:
-        state = "to run" if cell not in outcomes else loss_words(outcomes[cell])
-        total, non_embedding, query_path = parameters(study, cell).values()
+        state = "to run" if cell not in outcomes else f"{outcomes[cell]:.4f}".replace("inf", "diverged")
+        with torch.device("meta"):
+            counts = GPT(GPTConfig(**study.expected(cell)["model"])).parameter_report()
+        total, non_embedding, query_path = counts.values()
         print(f"{str(cell):{width}} {total:13,} {non_embedding:13,} {query_path:11,}  {state}")
-    if study.tune:
-        print("and what it takes for each arm's best rate to lie between two others and have all seeds")
-    seconds, to_go = study.seconds(outcomes) or trial(grid, cells[0]), study.to_go(outcomes)
-    left = clock(to_go * seconds / at_a_time)
-    print(f"at least {to_go} runs to go, of about {clock(seconds)} each: {left} with {at_a_time} at a time")
-
-
-def parameters(study, cell):
-    """{total, non_embedding, query_path}"""
-    settings, model_args = study.read(cell)
-    vocab_size = train.open_data(settings.dataset, block_size=1).meta["vocab_size"]
-    with torch.device("meta"):
-        return GPT(GPTConfig(**{"vocab_size": vocab_size, **model_args})).parameter_report()
+    if study.to_go(outcomes):
+        seconds = grid.seconds() or trial(grid, cells[0])
+        print(f"{grid.left(seconds)}, {clock(seconds)} each, {len(grid.devices)} at a time")
 
 
 def trial(grid, cell):
@@ -397,10 +410,10 @@ def trial(grid, cell):
     tokens += evaluations * min(s.eval_tokens or math.inf, val_tokens) / 3
     with tempfile.TemporaryDirectory() as folder:
         flags = [f"--out_dir={folder}/run", "--max_iters=6", "--eval_tokens=1", "--gradient_accumulation_steps=1"]
-        program = grid.program(cell, grid.devices[0], [*flags, "--eval_interval=6", "--log_interval=1"])
-        done = subprocess.run(**program, capture_output=True)
-        if done.returncode:
-            raise UserError(f"{cell}: {last_line(done.stderr)}")
+        flags += ["--eval_interval=6", "--log_interval=1", "--learning_rate=1e-9", "--min_lr=auto", "--wandb_log=false"]
+        process = subprocess.run(**grid.program(cell, grid.devices[0], flags), capture_output=True)
+        if process.returncode:
+            raise UserError(f"{cell}: {last_words(process, process.stderr)}")
         return tokens / RunFolder(f"{folder}/run").read_json("summary.json")["tokens_per_second"]
 
 
@@ -410,18 +423,22 @@ def trial(grid, cell):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     study, devices, dry_run = read_command(argv)
+    grid = Grid(study, devices)
+    study.check(grid.outcomes)
     if dry_run:
-        list_cells(Grid(study, devices))
+        list_cells(grid)
         return 0
     with locked(study.folder):
-        begin(study, shlex.join(["python", "ablate.py", *argv]))
-        grid = Grid(study, devices)
-        try:
-            done = grid.go()
-        finally:
-            if grid.outcomes:
-                report.write(study, grid.outcomes)
-    return 0 if done else 143
+        about = dataclasses.asdict(study) | {"folder": str(study.folder)}
+        command = shlex.join(["python", "ablate.py", *argv])
+        RunFolder(study.folder).write_json("study.json", {"command": command, **about})
+        print(grid.left(grid.seconds()), flush=True)
+        number = grid.go()
+        if grid.outcomes:
+            report.write(study, grid.outcomes)
+    if grid.failure:
+        raise grid.failure
+    return 128 + number if number else 0
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from files import new_file
 from run_folder import RunFolder
 
 COLOURS = ("#000000", "#56B4E9", "#D55E00", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#999999")  # Okabe and Ito's
+NEEDED = ("settings", "model", "data", "device", "versions", "commit")  # of config.json
 SMOOTH = 9  # points in the running mean of a training curve
 
 
@@ -20,22 +22,25 @@ class Arm:
     """What is known of an arm so far."""
 
     name: str
-    parameters: dict  # total, non_embedding, query_path
-    by_rate: dict  # learning rate -> [validation loss of each seed it was run with; inf: diverged]
-    losses: dict  # seed -> validation loss at the best rate, where it did not diverge
+    parameters: dict  # total, non_embedding, query_path; empty before the first run
+    by_rate: dict  # learning rate -> validation losses with the seeds that choose; inf: diverged
+    losses: dict  # seed that measures -> validation loss at the best rate, where it did not diverge
+    folders: dict  # the same seeds -> RunFolder
     speeds: list  # training tokens/s of each run
+    runs: int
     diverged: int
-    runs: dict  # the same seeds -> RunFolder
 
     @property
     def best_rate(self):
-        """The one with the lowest mean over the seeds it was run with."""
-        return min(self.by_rate, key=lambda rate: statistics.fmean(self.by_rate[rate]), default=None)
+        """The one with the lowest mean loss; None where there is none that never diverged."""
+        means = {rate: statistics.fmean(losses) for rate, losses in self.by_rate.items()}
+        best = min(means, key=means.get, default=None)
+        return best if means and math.isfinite(means[best]) else None
 
     @property
     def bracketed(self):
         """Whether a lower and a higher rate were tried and found worse."""
-        return bool(self.by_rate) and self.best_rate not in (min(self.by_rate), max(self.by_rate))
+        return self.best_rate is not None and min(self.by_rate) < self.best_rate < max(self.by_rate)
 
 
 def summarise(study, outcomes):
@@ -43,16 +48,20 @@ def summarise(study, outcomes):
     arms = []
     for name in study.arms:
         cells = [cell for cell in study.cells(outcomes) if cell.arm == name and cell in outcomes]
-        parameters = study.run(cells[0]).read_json("config.json")["parameters"] if cells else {}
-        arm = Arm(name, parameters, {}, {}, [], sum(math.isinf(outcomes[cell]) for cell in cells), {})
+        arm = Arm(name, {}, {}, {}, {}, [], len(cells), sum(math.isinf(outcomes[cell]) for cell in cells))
         for cell in cells:
-            arm.by_rate.setdefault(cell.learning_rate, []).append(outcomes[cell])
+            if cell.seed in (study.tuning_seeds or study.seeds):
+                arm.by_rate.setdefault(cell.learning_rate, []).append(outcomes[cell])
+            arm.parameters = study.run_folder(cell).read_json("config.json", "parameters")["parameters"]
+        if not study.tuning_seeds:  # a rate that some seeds have not reached yet cannot be compared
+            arm.by_rate = {rate: ls for rate, ls in arm.by_rate.items() if len(ls) == len(study.seeds)}
         for cell in cells:
             if math.isfinite(outcomes[cell]):
-                speed = study.run(cell).read_json("summary.json")["tokens_per_second"]
+                folder = study.run_folder(cell)
+                speed = folder.read_json("summary.json", "tokens_per_second")["tokens_per_second"]
                 arm.speeds += [speed] * bool(speed)  # a run of two steps has none
-                if cell.learning_rate == arm.best_rate:
-                    arm.losses[cell.seed], arm.runs[cell.seed] = outcomes[cell], study.run(cell)
+                if cell.learning_rate == arm.best_rate and cell.seed in study.seeds:
+                    arm.losses[cell.seed], arm.folders[cell.seed] = outcomes[cell], folder
         arms.append(arm)
     return arms
 
@@ -100,7 +109,7 @@ def main_table(arms):
     base = arms[0]
     rows = [
         f"| arm | parameters | non-embedding | query path | best rate | validation loss | log-loss against {base.name} "
-        f"| perplexity against {base.name} | tokens/s | diverged |",
+        f"| perplexity against {base.name} | tokens/s | diverged runs |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm in arms:
@@ -109,13 +118,13 @@ def main_table(arms):
         ]
         speed = statistics.median(arm.speeds) / statistics.median(base.speeds) if arm.speeds and base.speeds else None
         difference = paired_difference(arm.losses, base.losses) if arm is not base else None
-        row = [arm.name, *counts, rate_words(arm), loss_words(arm.losses.values())]
+        row = [arm.name, *counts, rate_words(arm), mean_and_spread(arm.losses.values())]
         row += (
             [interval(difference.log_loss_percent()), interval(difference.perplexity_percent())]
             if difference
             else ["", ""]
         )
-        row += [f"{speed:.2f}" if speed else "", str(arm.diverged)]
+        row += [f"{speed:.2f}" if speed else "", f"{arm.diverged} of {arm.runs}"]
         rows.append(f"| {' | '.join(row)} |")
     return "\n".join(rows)
 
@@ -126,7 +135,7 @@ def rate_words(arm):
     return f"{arm.best_rate:g}" + ("" if arm.bracketed else ", not bracketed")
 
 
-def loss_words(losses):
+def mean_and_spread(losses):
     losses = list(losses)
     if not losses:
         return ""
@@ -159,6 +168,16 @@ def mean_words(losses):
     return f"{mean:.4f}" if math.isfinite(mean) else f"{sum(map(math.isinf, losses))} diverged"
 
 
+def seed_table(arms):
+    """The validation loss of each measuring seed at the arm's best rate."""
+    seeds = sorted({seed for arm in arms for seed in arm.losses})
+    rows = [f"| arm | {' | '.join(f'seed {seed}' for seed in seeds)} |", "|---" * (len(seeds) + 1) + "|"]
+    for arm in arms:
+        losses = [f"{arm.losses[seed]:.4f}" if seed in arm.losses else "" for seed in seeds]
+        rows.append(f"| {arm.name} | {' | '.join(losses)} |")
+    return "\n".join(rows)
+
+
 # ---------------------------------------------------------------------------------------------------
 # The pictures.
 
@@ -166,44 +185,44 @@ def mean_words(losses):
 def draw_rates(plt, arms, path):
     """Validation loss against the learning rate, a line an arm."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    shown = []
     for number, arm in enumerate(arms):
-        means = {rate: statistics.fmean(arm.by_rate[rate]) for rate in sorted(arm.by_rate)}
+        means = {rate: statistics.fmean(losses) for rate, losses in sorted(arm.by_rate.items())}
         points = [(rate, mean) for rate, mean in means.items() if math.isfinite(mean)]
         if points:
             axes.plot(*zip(*points), "o-", color=f"C{number}", label=arm.name, markersize=4)
-            best = min(points, key=lambda point: point[1])
-            axes.plot(*best, "o", color=f"C{number}", markersize=10, fillstyle="none")
+            axes.plot(arm.best_rate, means[arm.best_rate], "o", color=f"C{number}", markersize=10, fillstyle="none")
+            shown += [mean for _, mean in points]
     rates = sorted({rate for arm in arms for rate in arm.by_rate})
     axes.set(xscale="log", xlabel="learning rate (ring: the arm's best)", ylabel="validation loss (nats a token)")
-    bottom, top = axes.get_ylim()
-    axes.set_ylim(bottom, min(top, bottom + 0.1 * abs(bottom)))  # what is far above the best leaves the picture
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axes.minorticks_off()
-    finish(figure, axes, path)
+    if shown:  # what is far above the best leaves the picture
+        low, high = min(shown), min(max(shown), 1.1 * min(shown))
+        axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
+    finish(plt, figure, axes, path)
 
 
 def draw_curves(plt, arms, path):
-    """Training loss at each arm's best rate, and below it the difference from the baseline on the same batches."""
+    """Training loss at each arm's best rate, and below it the difference from the baseline, seed by seed."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 7), sharex=True, layout="constrained")
-    curves = {arm.name: {seed: train_curve(run) for seed, run in arm.runs.items()} for arm in arms}
-    base = curves[arms[0].name]
-    for number, arm in enumerate(arms):
-        curve = curves[arm.name]
-        shared = [seed for seed in curve if seed in base]
-        if not shared:
+    curves = [{seed: train_curve(folder) for seed, folder in arm.folders.items()} for arm in arms]
+    late = []
+    for number, (arm, curve) in enumerate(zip(arms, curves)):
+        shared = [seed for seed in curve if seed in curves[0]]
+        differences = [subtract(curve[seed], curves[0][seed]) for seed in shared]
+        if not differences or not all(differences):
             continue
-        top.plot(
-            *mean_curve([curve[seed] for seed in shared]), color=f"C{number}", label=f"{arm.name}, {arm.best_rate:g}"
-        )
-        differences = [subtract(curve[seed], base[seed]) for seed in shared]
-        bottom.plot(*mean_curve(differences), color=f"C{number}")
+        top.plot(*mean_curve([curve[s] for s in shared]), color=f"C{number}", label=f"{arm.name}, {arm.best_rate:g}")
+        steps, values = mean_curve(differences)
+        bottom.plot(steps, values, color=f"C{number}")
+        late += list(values[len(values) // 4 :])  # the first steps differ by far more than the last
     top.set(ylabel="training loss (nats a token)")
     bottom.set(xlabel=f"step (running mean of {SMOOTH} logged steps, mean over seeds)", ylabel=f"minus {arms[0].name}")
-    late = [y for line in bottom.lines for y in line.get_ydata()[len(line.get_ydata()) // 4 :]]
-    if late:  # the first steps differ by far more than the last
+    if late:
         margin = 0.2 * (max(late) - min(late)) or 0.01
         bottom.set_ylim(min(late) - margin, max(late) + margin)
-    finish(figure, top, path)
+    finish(plt, figure, top, path)
 
 
 def train_curve(run):
@@ -224,12 +243,14 @@ def mean_curve(curves):
     return np.convolve(steps, np.ones(width) / width, "valid"), smooth
 
 
-def finish(figure, axes, path):
+def finish(plt, figure, axes, path):
     for each in figure.axes:
         each.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize="small")
-    figure.savefig(path, metadata={"Date": None})  # the same records give the same file
+    with new_file(path) as f:
+        figure.savefig(f, format="svg", metadata={"Date": None})  # the same records give the same file
+    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -263,30 +284,53 @@ def draw(arms, folder):
 
 def report(study, outcomes, arms, pictures):
     """The text of report.md."""
-    about = study.run(next(iter(outcomes))).read_json("config.json")
-    s, model = about["settings"], about["model"]
-    tokens = s["max_iters"] * s["batch_size"] * s["gradient_accumulation_steps"] * model["block_size"]
-    missing = sum(cell not in outcomes for cell in study.cells(outcomes))
+    records = [study.run_folder(cell).read_json("config.json", *NEEDED) for cell in outcomes]
+    to_go, tuned = study.to_go(outcomes), bool(study.tuning_seeds)
+    chosen = (
+        f"The best rate has the lowest mean with the seeds {listed(study.tuning_seeds)}, and other seeds measure it."
+        if tuned
+        else "The best rate has the lowest mean over the seeds, and the same seeds measure it, which flatters each arm."
+    )
     parts = [
         f"# {study.folder.name}",
-        f"```sh\n{RunFolder(study.folder).read_json('study.json')['command']}\n```",
-        f"{len(outcomes)} runs"
-        + (f", {missing} or more to go" * bool(missing))
-        + f", each of {s['max_iters']:,} steps, "
-        f"{tokens:,} tokens of {about['data']['source']}. {model['n_layer']} layers, d {model['n_embd']}, "
-        f"{model['n_head']} heads, {s['dtype']}. {about['device']}; torch {about['versions']['torch']}.",
+        f"```sh\n{RunFolder(study.folder).read_json('study.json', 'command')['command']}\n```",
+        f"{len(outcomes)} runs{f', {to_go} or more to go' * bool(to_go)}. {about(records)}",
         "## Each arm at its best rate",
         main_table(arms),
-        "The best rate has the lowest mean over its seeds, and the same seeds measure it. "
-        "Validation loss in nats a token after the last step, mean ± standard deviation over seeds. "
-        f"Differences from {arms[0].name} are paired by seed: the same batches, and the same initial values of what "
-        "two arms share; in brackets the 95 % interval of Student's t. A best rate is not bracketed where no lower "
-        "or no higher one was tried. tokens/s: median over the arm's runs, relative to the baseline.",
+        f"{chosen} Validation loss in nats a token after the last step: mean ± standard deviation over n seeds. "
+        f"Differences from {arms[0].name} are paired by seed, since runs of one seed see the same batches (unless the "
+        "study varies the data or the batch); in brackets the 95 % interval of Student's t, not adjusted for the "
+        "number of arms. A best rate is not bracketed where no lower or no higher one was tried. tokens/s: median "
+        "over the arm's runs, relative to the baseline.",
+        seed_table(arms),
         "## Validation loss at each rate",
         rate_table(arms),
-        "Means, and in brackets the number of seeds"
-        + ": the others went to the rate with the lowest mean so far." * study.tune
-        + "." * (not study.tune),
+        "Means, and in brackets the number of seeds." + " More of them went to the rates that looked best." * tuned,
         *(f"![{name.removesuffix('.svg')}]({name})" for name in pictures),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def about(records):
+    """What the runs were, where they differ all of it."""
+
+    def each(value):
+        return listed(sorted({value(record) for record in records}))
+
+    def tokens(record):
+        s = record["settings"]
+        return s["max_iters"] * s["batch_size"] * s["gradient_accumulation_steps"] * record["model"]["block_size"]
+
+    shape = "{} layers, d {}, {} heads".format(
+        *(each(lambda record: record["model"][key]) for key in ("n_layer", "n_embd", "n_head"))
+    )
+    return (
+        f"Each: {each(lambda r: r['settings']['max_iters'])} steps, {each(tokens)} tokens of "
+        f"{each(lambda r: r['data']['source'])}; {shape}; {each(lambda r: r['settings']['dtype'])}. "
+        f"{each(lambda r: r['device'])}; torch {each(lambda r: r['versions']['torch'])}; "
+        f"commit {each(lambda r: str(r['commit'])[:9])}."
+    )
+
+
+def listed(values):
+    return ", ".join(f"{value:,}" if isinstance(value, int) else str(value) for value in values)

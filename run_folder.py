@@ -52,11 +52,16 @@ class RunFolder:
         with new_file(self.path / name) as f:
             f.write(text.encode())
 
-    def read_json(self, name):
+    def read_json(self, name, *keys):
+        """The dict in a file; UserError where it is damaged or lacks one of the keys."""
         try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
+            content = json.loads((self.path / name).read_text(encoding="utf-8"))
+            missing = [key for key in keys if key not in content]
+        except (OSError, ValueError, TypeError) as e:
             raise UserError(f"{self.path / name} cannot be read: {e}") from None
+        if missing:
+            raise UserError(f"{self.path / name} is damaged: it has no {missing[0]}")
+        return content
 
     def begin(self, record, step):
         """Write config.json and take from metrics.jsonl what an earlier sitting logged after this step."""
@@ -78,10 +83,10 @@ class RunFolder:
     def metrics(self):
         """What was logged, a dict a line; a last line that is not whole is left out."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         try:
-            return [json.loads(line) for line in lines if line.endswith("\n")]
-        except ValueError as e:
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+            return [dict(json.loads(line)) for line in lines if line.endswith("\n")]
+        except (ValueError, TypeError) as e:
             raise UserError(f"{path} is damaged ({e}); repair or delete it") from None
 
     def save(self, name, checkpoint):
