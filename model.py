@@ -2,7 +2,7 @@
 
 The model of "Beyond Linearity in Attention Projections: The Case for Nonlinear Queries" (Karbevski,
 arXiv:2603.13381), written to be read from top to bottom: configuration, the three queries, attention,
-MLP, block, GPT, sampling.
+MLP, block, GPT and generation, the loss, sampling, random streams.
 
 Shapes: B sequences of T tokens each, d = n_embd, V = vocab_size.
 """
@@ -64,9 +64,10 @@ class GPTConfig:
 # ---------------------------------------------------------------------------------------------------
 # The three queries. x (B, T, d) is the block's input after ln_1; all return q (B, T, d). Nothing else
 # in the model depends on the query mode, and the softmax scale is 1/sqrt(head size) in every mode.
-# A linear W_Q can be absorbed by its neighbours, which leaves the identity; so parameters spent on the
-# query can only pay where the query is not linear. The nonlinear query is the mean of x and f(x), which
-# start equally large since each leaves a LayerNorm; the identity query is that mean with f = 0.
+# Without LayerNorms and skips a linear W_Q can be absorbed exactly by its neighbours (see the README), which
+# leaves the identity; with them that is the paper's motivation: parameters of the query should make it
+# nonlinear. The nonlinear query is the mean of x and f(x), which start about equally large since each is
+# the output of a LayerNorm; the identity query is that mean with f = 0.
 
 
 class LinearQuery(nn.Module):
@@ -122,12 +123,12 @@ ACTIVATIONS = {"gelu": nn.GELU, "none": nn.Identity}
 class KVCache:
     """Keys and values of the tokens that one attention layer has seen, so that they are computed once.
 
-    The caller makes one for each layer and passes the list to every call of the model. Nothing is
-    allocated before the first call, and nothing is copied after it.
+    The caller makes one for each layer and passes the list to every call of the model. Room for block_size
+    tokens is taken at the first call, and keys never move.
     """
 
     def __init__(self, block_size):
-        self.block_size, self.length = block_size, 0
+        self.block_size, self.length, self.k, self.v = block_size, 0, None, None
 
     def append(self, k, v):
         """k, v (B, n_head, T, head size) of T new tokens -> those of all tokens so far."""
@@ -157,7 +158,7 @@ class Attention(nn.Module):
         B, T, d = x.shape
         q = self.query(x)  # (B, T, d)
         q = q.view(B, T, self.n_head, self.head_size).transpose(1, 2)  # (B, n_head, T, head_size)
-        k, v = self.key_value(x).view(B, T, 2, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)  # like q, each
+        k, v = self.key_value(x).view(B, T, 2, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)  # each like q
         if self.qk_norm:
             q, k = (F.rms_norm(t, (self.head_size,), eps=1e-5) for t in (q, k))
         if cache is not None:
@@ -184,7 +185,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP, each read from a LayerNorm of the residual stream x (B, T, d) and added to it."""
+    """x + Attention(LayerNorm(x)), then x + MLP(LayerNorm(x)); x (B, T, d) is the residual stream."""
 
     def __init__(self, config):
         super().__init__()
@@ -229,10 +230,10 @@ class GPT(nn.Module):
         elif isinstance(module, (nn.Linear, nn.Embedding)) and kind == "bias":
             parameter.zero_()
         elif isinstance(module, (nn.Linear, nn.Embedding)):
-            # Each block writes to the residual stream twice: the sum over all blocks keeps its size.
+            # 2 n_layer writes to the residual stream add up; so scaled, their sum does not grow with the depth.
             writes_residual = module_name.endswith("c_proj")
             std = 0.02 / math.sqrt(2 * self.config.n_layer) if writes_residual else 0.02
-            if not parameter.is_meta:  # which has a shape but no values
+            if not parameter.is_meta:  # a meta tensor has no values: the model is only built to count parameters
                 generator = torch.Generator().manual_seed(stream_seed(seed, name))
                 values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
                 parameter.copy_(values.normal_(0.0, std, generator=generator))
@@ -243,8 +244,8 @@ class GPT(nn.Module):
         """idx (B, T) token ids -> (logits (B, T, V), None), or (None, loss) with targets.
 
         targets (B, T) are the tokens that follow; loss is the mean cross-entropy in nats over those that
-        are not -1. With a cache (a list of one KVCache per layer) idx continues the tokens seen so far,
-        by one token unless the cache is empty, and only the last position's logits (B, 1, V) are computed.
+        are not -1. With a cache (a list of one KVCache per layer) idx continues the tokens seen so far, and
+        only the last position's logits (B, 1, V) are computed; only an empty cache takes more than one token.
         Raises ValueError past block_size tokens.
         """
         T = idx.size(1)
@@ -265,10 +266,10 @@ class GPT(nn.Module):
         return None, linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
     def for_generation(self):
-        """The model in eval mode, its weights laid out for what generation does with them -> self."""
+        """Eval mode, and on a CPU tall weights stored by columns, which multiply one vector faster -> self."""
         for module in self.modules():
             tall = isinstance(module, nn.Linear) and module.out_features > module.in_features
-            if tall and module.weight.device.type == "cpu":  # which multiplies a vector faster by columns then
+            if tall and module.weight.device.type == "cpu":
                 module.weight.data = module.weight.data.t().contiguous().t()
         return self.eval()
 
@@ -282,9 +283,9 @@ class GPT(nn.Module):
 
         temperature 0 takes the likeliest token; top_k keeps the k likeliest; top_p keeps the fewest
         whose probabilities reach p. Call for_generation() first. Cached keys and values
-        give exactly what a full forward pass would, up to block_size tokens. Past it every position
-        would shift and no cached key stay valid: the context is then cut to its last half and read
-        afresh, so from then on between block_size/2 and block_size tokens are seen.
+        give what a full forward pass would, up to block_size tokens. Past it every position would shift, which
+        invalidates every cached key: the context is then cut to its last half and read afresh, so from
+        then on between block_size/2 and block_size tokens are seen.
         """
         if not self.config.causal:
             raise ValueError("a model with causal=False cannot generate: it was built to see the tokens to come")
@@ -312,7 +313,7 @@ class GPT(nn.Module):
         """Floating-point operations of one training step per token, forward and backward (PaLM, appendix B).
 
         Six for each weight of a matrix product, the query's and the output head's included, and
-        12 n_layer d T for the two products inside attention, counted without regard to causality.
+        12 n_layer d T for the two products inside attention, counted as if it were not causal.
         """
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
@@ -321,11 +322,12 @@ class GPT(nn.Module):
 # ---------------------------------------------------------------------------------------------------
 # The loss. Logits of all positions would be the largest tensor of a step, and their gradient another one.
 
-LOGITS_AT_ONCE = 2**27  # half a gigabyte in float32; and 8192 rows, whose gradients' sum float16 can hold
+LOGITS_AT_ONCE = 2**27  # half a gigabyte in float32
+ROWS_AT_ONCE = 8192  # a sum of more gradients might overflow float16
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Sum of the cross-entropies of softmax(x weightᵀ), whose logits are computed, used and forgotten in parts.
+    """Sum of the cross-entropies of softmax(x weightᵀ), whose logits are computed and discarded part by part.
 
     So the gradients are computed in forward, where a part's logits still exist; backward only scales them.
     """
@@ -334,7 +336,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, with_gradients):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        w, rows = weight.to(dtype), min(8192, max(1, LOGITS_AT_ONCE // len(weight)))
+        w, rows = weight.to(dtype), min(ROWS_AT_ONCE, max(1, LOGITS_AT_ONCE // len(weight)))
         dx, dw = (torch.zeros_like(t) if with_gradients else None for t in (x, weight))
         precise = torch.promote_types(dtype, torch.float32)
         total = torch.zeros((), device=x.device, dtype=precise)
@@ -360,7 +362,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 def linear_cross_entropy(x, weight, targets):
     """Mean of the cross-entropies, in nats, of logits x weightᵀ; x (N, d), weight (V, d), targets (N), -1: left out."""
-    total = LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())
+    with_gradients = torch.is_grad_enabled()  # asked here, since it is off within forward
+    total = LinearCrossEntropy.apply(x, weight, targets, with_gradients)
     return total / (targets >= 0).sum()
 
 
@@ -387,8 +390,8 @@ def sample(logits, temperature, top_k, top_p, generator):
 def stream_seed(seed, *key):
     """The seed of one random stream: a fixed function of the run's seed and the stream's name.
 
-    Each use of randomness (a parameter, a step's batch, a step's dropout) has a stream of its own, so
-    none can disturb another.
+    Each use of randomness (a parameter, a step's batch, a step's dropout in each process) has a stream of
+    its own, so none can disturb another.
     """
     digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1  # torch takes seeds below 2**63

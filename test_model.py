@@ -287,7 +287,7 @@ def test_a_configuration_survives_being_stored():
 # Causality and the cache.
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", model_module.QUERIES)  # those of a fork, too
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_changed_token_changes_no_earlier_output_unless_bidirectional(mode, causal):
     model = small(query_mode=mode, causal=causal)
@@ -301,7 +301,7 @@ def test_a_changed_token_changes_no_earlier_output_unless_bidirectional(mode, ca
         assert differs[:t].any() == (not causal)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", model_module.QUERIES)  # those of a fork, too
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_cached_equals_uncached(mode, qk_norm):
     model = small(query_mode=mode, qk_norm=qk_norm)
