@@ -118,6 +118,7 @@ def test_the_cells_of_a_dry_run(grid, monkeypatch, capsys):
     assert lines[-1].startswith("4 to go, ") and lines[-1].endswith("each, 2 at a time") and records(grid[0]) == before
 
 
+@pytest.mark.slow
 def test_a_dry_run_measures_where_nothing_is_known(grid, monkeypatch, capsys):
     monkeypatch.chdir(grid[0])
     assert ablate.main([*GRID[:-1], "--out=never", "--dry-run"]) == 0
@@ -153,6 +154,7 @@ def test_cells_on_other_data_are_refused(grid):
         ablate.main(GRID)
 
 
+@pytest.mark.slow
 def test_a_grid_that_was_killed_anywhere_ends_as_if_it_had_not_been(grid):
     shutil.copytree(grid[0], ".", dirs_exist_ok=True)
     undisturbed = losses()

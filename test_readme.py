@@ -125,7 +125,7 @@ def test_the_recipe_for_a_query_of_ones_own(tiny_config):
     assert "gated-lr0.004-seed1" in printed
     record = json.loads(Path("out/gated/config.json").read_text())
     assert record["model"]["query_mode"] == "gated" and record["parameters"]["query_path"] == 2 * 16**2
-    assert Path("out/gated/summary.json").exists() and python(fork / "sample.py", "out/gated", "--max_new_tokens=5")
+    assert Path("out/gated/summary.json").exists()
 
 
 def test_the_parameters_in_the_first_table():
