@@ -460,6 +460,9 @@ def test_nothing_in_an_archive_reaches_the_disk(corpus, gpt2_vocabulary):
 # Stopped anywhere.
 
 SLOWED = """
+import signal
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 import sys, time
 sys.path.insert(0, {root!r})
 import openwebtext, prepare_data, command
