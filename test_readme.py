@@ -110,7 +110,7 @@ def test_the_recipe_for_a_query_of_ones_own(tiny_config):
     for path in ROOT.glob("*.py"):
         shutil.copy(path, fork)
     subprocess.run(["git", "apply"], cwd=fork, input=diff, text=True, check=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "PYTHONPATH": str(fork)}
 
     def python(*arguments, **options):
         command = [sys.executable, *arguments]
@@ -121,8 +121,8 @@ def test_the_recipe_for_a_query_of_ones_own(tiny_config):
     test_line, train_line, ablate_line = (shlex.split(line)[1:] for line in OF_THE_FORK)
     assert "4 passed" in python(*test_line, cwd=fork)
     python(fork / train_line[0], tiny_config, *train_line[2:])
-    printed = python(fork / ablate_line[0], tiny_config, *ablate_line[2:], "--dry-run")
-    assert "gated-lr0.004-seed1" in printed
+    arms = "import sys, ablate; print(*ablate.read_command(sys.argv[1:])[0].arms)"
+    assert python("-c", arms, tiny_config, *ablate_line[2:]) == "query_mode=linear query_mode=gated\n"
     record = json.loads(Path("out/gated/config.json").read_text())
     assert record["model"]["query_mode"] == "gated" and record["parameters"]["query_path"] == 2 * 16**2
     assert Path("out/gated/summary.json").exists()
