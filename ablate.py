@@ -188,6 +188,8 @@ def read_command(argv):
     folder = options.out or Path("results") / Path(options.config).stem
     study = Study(options.config, arms, rates, tuning_seeds, seeds, folder)
     devices = options.devices.split(",") if options.devices else [None]
+    if "" in devices:
+        parser.error(f"--devices={options.devices} names an empty device")
     check_cells(study, devices)
     return study, [device and machine.pick_device(device) for device in devices], options.dry_run
 
@@ -231,8 +233,6 @@ def check_cells(study, devices):
     for cell in cells:
         settings, _ = study.read(cell)
         for device in devices:
-            if device == "":
-                raise UserError("--devices names an empty device", status=2)
             train.resolve(dataclasses.replace(settings, device=device or settings.device))
         if study.tuning_seeds and settings.min_lr is not None:
             raise UserError(f"--tune changes the rate, so min_lr={settings.min_lr:g} must not be fixed: --min_lr=auto")
@@ -359,11 +359,8 @@ class Grid:
     def seconds(self):
         """What a cell took, on average over those that are finished; None before the first."""
         done = [self.study.run_folder(cell) for cell, loss in self.outcomes.items() if math.isfinite(loss)]
-        return (
-            statistics.fmean(folder.read_json("summary.json", "seconds")["seconds"] for folder in done)
-            if done
-            else None
-        )
+        took = [folder.read_json("summary.json", "seconds")["seconds"] for folder in done]
+        return statistics.fmean(took) if took else None
 
 
 def clean(folder):
@@ -386,14 +383,15 @@ def last_words(process, output):
 def list_cells(grid):
     """Print every cell that is known so far, its parameters, and how long the rest will take."""
     study, outcomes = grid.study, grid.outcomes
-    cells = study.cells(outcomes)
+    cells, counts = study.cells(outcomes), {}
+    for cell in {cell.arm: cell for cell in cells}.values():  # one of each arm
+        with torch.device("meta"):
+            counts[cell.arm] = GPT(GPTConfig(**study.expected(cell)["model"])).parameter_report()
     width = max(len(str(cell)) for cell in cells)
     print(f"{'cell':{width}} {'parameters':>13} {'non-embedding':>13} {'query path':>11}")
     for cell in cells:
         state = "to run" if cell not in outcomes else f"{outcomes[cell]:.4f}".replace("inf", "diverged")
-        with torch.device("meta"):
-            counts = GPT(GPTConfig(**study.expected(cell)["model"])).parameter_report()
-        total, non_embedding, query_path = counts.values()
+        total, non_embedding, query_path = counts[cell.arm].values()
         print(f"{str(cell):{width}} {total:13,} {non_embedding:13,} {query_path:11,}  {state}")
     if study.to_go(outcomes):
         seconds = grid.seconds() or trial(grid, cells[0])

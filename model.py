@@ -282,10 +282,10 @@ class GPT(nn.Module):
         """Continue idx (B, T), 1 <= T <= block_size, and yield each new token (B, 1) as it is drawn.
 
         temperature 0 takes the likeliest token; top_k keeps the k likeliest; top_p keeps the fewest
-        whose probabilities reach p. Call for_generation() first. Cached keys and values
-        give what a full forward pass would, up to block_size tokens. Past it every position would shift, which
-        invalidates every cached key: the context is then cut to its last half and read afresh, so from
-        then on between block_size/2 and block_size tokens are seen.
+        whose probabilities reach p. Call for_generation() first. Cached keys and values give what a full
+        forward pass would, up to block_size tokens. Past it every position would shift, which invalidates
+        every cached key: the context is then cut to its last half and read afresh, so from then on between
+        block_size/2 and block_size tokens are seen.
         """
         if not self.config.causal:
             raise ValueError("a model with causal=False cannot generate: it was built to see the tokens to come")
