@@ -1,8 +1,5 @@
-"""A GPT whose queries may be linear, the identity, or nonlinear.
-
-The model of "Beyond Linearity in Attention Projections: The Case for Nonlinear Queries" (Karbevski,
-arXiv:2603.13381), written to be read from top to bottom: configuration, the three queries, attention,
-MLP, block, GPT and generation, the loss, sampling, random streams.
+"""A GPT whose queries may be linear, the identity, or nonlinear: the model of "Beyond Linearity in Attention
+Projections: The Case for Nonlinear Queries" (Karbevski, arXiv:2603.13381), to be read from top to bottom.
 
 Shapes: B sequences of T tokens each, d = n_embd, V = vocab_size.
 """
@@ -18,13 +15,10 @@ import torch.nn.functional as F
 
 @dataclass
 class GPTConfig:
-    """The architecture. The defaults are GPT-3 small with a nonlinear query.
-
-    A setting that is None is filled in as its comment says; ValueError names a setting that makes no sense.
-    """
+    """The architecture; the defaults are GPT-3 small with a nonlinear query. ValueError names a senseless setting."""
 
     block_size: int = 1024  # longest sequence the model can see, in tokens
-    vocab_size: int = 50304  # number of token ids (GPT-2's 50257, padded to a multiple of 64)
+    vocab_size: int | None = 50304  # number of token ids; in train.py None: those of the data set
     n_layer: int = 12  # transformer blocks
     n_head: int = 12  # attention heads in each block
     n_embd: int = 768  # width d of the residual stream
@@ -39,35 +33,32 @@ class GPTConfig:
     causal: bool = True  # False: every token sees every other one, as in an encoder
 
     def __post_init__(self):
-        def require(holds, message):
-            if not holds:
-                raise ValueError(message)
-
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "mlp_hidden", "query_rank"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name}={value} must be at least 1")
-        require(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
-        require(0 <= self.dropout < 1, f"dropout={self.dropout} is not in [0, 1)")
-        mode = self.query_mode
-        require(mode in QUERIES, f"query_mode={mode!r} is not one of {', '.join(QUERIES)}")
-        for name in ("query_rank", "query_activation"):
-            value = getattr(self, name)
-            require(mode == "nonlinear" or value is None, f"{name}={value!r} has no meaning with query_mode={mode!r}")
-        if mode == "nonlinear":
+            self._require(getattr(self, name) is None or getattr(self, name) >= 1, name, "must be at least 1")
+        self._require(self.n_embd % self.n_head == 0, "n_embd", f"is not divisible by n_head={self.n_head}")
+        self._require(0 <= self.dropout < 1, "dropout", "is not in [0, 1)")
+        self._require(self.query_mode in QUERIES, "query_mode", f"is not one of {', '.join(QUERIES)}")
+        if self.query_mode == "nonlinear":
             self.query_rank = self.query_rank or max(1, self.n_embd // 2)
-            self.query_activation = activation = self.query_activation or "gelu"
+            self.query_activation = self.query_activation or "gelu"
             known = ", ".join(ACTIVATIONS)
-            require(activation in ACTIVATIONS, f"query_activation={activation!r} is not one of {known}")
+            self._require(self.query_activation in ACTIVATIONS, "query_activation", f"is not one of {known}")
+        else:
+            useless = f"has no meaning with query_mode={self.query_mode!r}"
+            self._require(self.query_rank is None, "query_rank", useless)
+            self._require(self.query_activation is None, "query_activation", useless)
         self.mlp_hidden = self.mlp_hidden or 4 * self.n_embd
 
+    def _require(self, condition, name, problem):
+        if not condition:
+            raise ValueError(f"{name}={getattr(self, name)!r} {problem}")
 
-# ---------------------------------------------------------------------------------------------------
-# The three queries. x (B, T, d) is the block's input after ln_1; all return q (B, T, d). Nothing else
-# in the model depends on the query mode, and the softmax scale is 1/sqrt(head size) in every mode.
-# Without LayerNorms and skips a linear W_Q can be absorbed exactly by its neighbours (see the README), which
-# leaves the identity; with them that is the paper's motivation: parameters of the query should make it
-# nonlinear. The nonlinear query is the mean of x and f(x), which start about equally large since each is
-# the output of a LayerNorm; the identity query is that mean with f = 0.
+
+# The three queries. x (B, T, d) is the block's input after ln_1; all return q (B, T, d). Nothing else in the model
+# depends on the query mode, and the softmax scale is 1/sqrt(head_size) in every mode.
+# Without LayerNorms and skips a linear W_Q can be absorbed exactly by its neighbours (see the README), which leaves the
+# identity. So the paper spends the parameters of W_Q on a query that is not linear: the mean of x and f(x), which start
+# about equally large since each is the output of a LayerNorm. The identity query is that mean with f = 0.
 
 
 class LinearQuery(nn.Module):
@@ -93,9 +84,7 @@ class IdentityQuery(nn.Module):
 
 class NonlinearQuery(nn.Module):
     """q = (x + f(x)) / 2,  f(x) = LayerNorm(GELU(RMSNorm(x) W_1) W_2)    parameters: 2dr + 2d (+ r + 2d biases)
-
-    With r = d/2 that is d² + 2d, the budget of W_Q (arXiv:2603.13381).
-    """
+    With r = d/2 that is d² + 2d, the budget of W_Q."""
 
     def __init__(self, config):
         super().__init__()
@@ -116,22 +105,16 @@ class NonlinearQuery(nn.Module):
 QUERIES = {"linear": LinearQuery, "identity": IdentityQuery, "nonlinear": NonlinearQuery}
 ACTIVATIONS = {"gelu": nn.GELU, "none": nn.Identity}
 
-# ---------------------------------------------------------------------------------------------------
-# The transformer.
-
 
 class KVCache:
-    """Keys and values of the tokens that one attention layer has seen, so that they are computed once.
-
-    The caller makes one for each layer and passes the list to every call of the model. Room for block_size
-    tokens is taken at the first call, and keys never move.
-    """
+    """Keys and values of the tokens that one attention layer has seen. The caller makes one for each layer, and passes
+    the list to every call of the model."""
 
     def __init__(self, block_size):
         self.block_size, self.length, self.k, self.v = block_size, 0, None, None
 
     def append(self, k, v):
-        """k, v (B, n_head, T, head size) of T new tokens -> those of all tokens so far."""
+        """k, v (B, n_head, T, head_size) of T new tokens -> those of all tokens so far."""
         B, n_head, T, head_size = k.shape
         if self.length == 0:
             self.k = k.new_empty(B, n_head, self.block_size, head_size)
@@ -143,7 +126,7 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """softmax(q kᵀ / sqrt(head size)) v in each head, then the output projection."""
+    """softmax(q kᵀ / sqrt(head_size)) v in each head, then the output projection."""
 
     def __init__(self, config):
         super().__init__()
@@ -154,24 +137,28 @@ class Attention(nn.Module):
         self.n_head, self.head_size = config.n_head, d // config.n_head
         self.qk_norm, self.causal, self.dropout = config.qk_norm, config.causal, config.dropout
 
-    def forward(self, x, cache=None):
-        B, T, d = x.shape
-        q = self.query(x)  # (B, T, d)
-        q = q.view(B, T, self.n_head, self.head_size).transpose(1, 2)  # (B, n_head, T, head_size)
-        k, v = self.key_value(x).view(B, T, 2, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)  # each like q
+    def heads(self, x):
+        """x (B, T, d) -> q, k, v, each (B, n_head, T, head_size)"""
+        B, T, _ = x.shape
+        q = self.query(x).view(B, T, self.n_head, self.head_size).transpose(1, 2)
+        k, v = self.key_value(x).view(B, T, 2, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)
         if self.qk_norm:
             q, k = (F.rms_norm(t, (self.head_size,), eps=1e-5) for t in (q, k))
+        return q, k, v
+
+    def forward(self, x, cache=None):
+        q, k, v = self.heads(x)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, n_head, length, head_size)
-        is_causal = self.causal and T > 1  # one new token may see all cached ones, which is_causal would forbid
+        is_causal = self.causal and q.size(2) > 1  # one new token may see all cached ones, which is_causal would forbid
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal)  # scale 1/sqrt(head size)
-        y = y.transpose(1, 2).reshape(B, T, d)  # heads side by side again
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal)  # scale 1/sqrt(head_size)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, d): heads side by side again
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
 class MLP(nn.Module):
-    """d -> mlp_hidden -> d, with a GELU between, at each position alone."""
+    """GELU(x W_1) W_2 at each position alone; d -> mlp_hidden -> d."""
 
     def __init__(self, config):
         super().__init__()
@@ -196,16 +183,12 @@ class Block(nn.Module):
 
     def forward(self, x, cache=None):
         x = x + self.attn(self.ln_1(x), cache)
-        x = x + self.mlp(self.ln_2(x))
-        return x
+        return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
-    """The language model. Equal (config, seed) give bit-identical weights on every device.
-
-    Weights that two query modes share are bit-identical in both, since each parameter has a random
-    stream of its own.
-    """
+    """The language model. Equal (config, seed) give bit-identical weights on every device, and what two query modes
+    share is bit-identical in both, since each parameter has a seed of its own."""
 
     def __init__(self, config, seed=0):
         super().__init__()
@@ -223,30 +206,26 @@ class GPT(nn.Module):
     @torch.no_grad()
     def _init(self, name, parameter, seed):
         """GPT-2's initialisation; a parameter that no rule covers raises NotImplementedError."""
-        module_name, _, kind = name.rpartition(".")
-        module = self.get_submodule(module_name)
-        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-            parameter.fill_(1.0 if kind == "weight" else 0.0)
-        elif isinstance(module, (nn.Linear, nn.Embedding)) and kind == "bias":
-            parameter.zero_()
-        elif isinstance(module, (nn.Linear, nn.Embedding)):
-            # 2 n_layer writes to the residual stream add up; so scaled, their sum does not grow with the depth.
-            writes_residual = module_name.endswith("c_proj")
-            std = 0.02 / math.sqrt(2 * self.config.n_layer) if writes_residual else 0.02
-            if not parameter.is_meta:  # a meta tensor has no values: the model is only built to count parameters
-                generator = torch.Generator().manual_seed(stream_seed(seed, name))
-                values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-                parameter.copy_(values.normal_(0.0, std, generator=generator))
-        else:
+        module = self.get_submodule(name.rpartition(".")[0])
+        if not isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)):
             raise NotImplementedError(f"no rule initialises {name} (of {type(module).__name__}); add one to GPT._init")
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            parameter.fill_(1.0)
+        elif not parameter.is_meta:  # a meta tensor has no values: the model is only built to count parameters
+            # 2 n_layer writes to the residual stream add up; so scaled, their sum does not grow with the depth.
+            std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
+            generator = torch.Generator().manual_seed(derive_seed(seed, name))
+            values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+            parameter.copy_(values.normal_(0.0, std, generator=generator))
 
     def forward(self, idx, targets=None, cache=None):
-        """idx (B, T) token ids -> (logits (B, T, V), None), or (None, loss) with targets.
+        """idx (B, T) token ids -> (logits (B, T, V), loss), where loss is None without targets.
 
-        targets (B, T) are the tokens that follow; loss is the mean cross-entropy in nats over those that
-        are not -1. With a cache (a list of one KVCache per layer) idx continues the tokens seen so far, and
-        only the last position's logits (B, 1, V) are computed; only an empty cache takes more than one token.
-        Raises ValueError past block_size tokens.
+        targets (B, T) are the tokens that follow; the loss is the mean cross-entropy in nats over those that are not
+        -1. With a cache (a list of one KVCache per layer) idx continues the tokens seen so far, one at a time once the
+        cache holds any, and the logits are those of the last position (B, 1, V). ValueError past block_size tokens.
         """
         T = idx.size(1)
         start = cache[0].length if cache else 0
@@ -260,32 +239,22 @@ class GPT(nn.Module):
             x = block(x, cache[layer] if cache else None)
         if cache:
             x = x[:, -1:]  # (B, 1, d): sampling needs no other position
-        x = self.ln_f(x)
+        logits = self.lm_head(self.ln_f(x))  # (B, T, V)
         if targets is None:
-            return self.lm_head(x), None  # (B, T, V)
-        return None, linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
-
-    def for_generation(self):
-        """Eval mode, and on a CPU tall weights stored by columns, which multiply one vector faster -> self."""
-        for module in self.modules():
-            tall = isinstance(module, nn.Linear) and module.out_features > module.in_features
-            if tall and module.weight.device.type == "cpu":
-                module.weight.data = module.weight.data.t().contiguous().t()
-        return self.eval()
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def generate(self, idx, max_new_tokens, **sampling):
-        """idx (B, T) -> (B, T + max_new_tokens); see `stream`, which it collects."""
-        return torch.cat([idx, *self.stream(idx, max_new_tokens, **sampling)], dim=1)
+        """idx (B, T) -> (B, T + max_new_tokens): idx and all that `generate_tokens` yields."""
+        return torch.cat([idx, *self.generate_tokens(idx, max_new_tokens, **sampling)], dim=1)
 
     @torch.inference_mode()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
+    def generate_tokens(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
         """Continue idx (B, T), 1 <= T <= block_size, and yield each new token (B, 1) as it is drawn.
 
-        temperature 0 takes the likeliest token; top_k keeps the k likeliest; top_p keeps the fewest
-        whose probabilities reach p. Call for_generation() first. Cached keys and values give what a full
-        forward pass would, up to block_size tokens. Past it every position would shift, which invalidates
-        every cached key: the context is then cut to its last half and read afresh, so from then on between
-        block_size/2 and block_size tokens are seen.
+        temperature 0 takes the likeliest token; top_k keeps the k likeliest; top_p keeps the fewest whose
+        probabilities reach p. Past block_size tokens every position would shift, which invalidates every cached key:
+        the context is then cut to its last half and read afresh.
         """
         if not self.config.causal:
             raise ValueError("a model with causal=False cannot generate: it was built to see the tokens to come")
@@ -303,72 +272,8 @@ class GPT(nn.Module):
         """Exact counts: total, non_embedding (without token and position embeddings and an untied head), query_path."""
         total = sum(p.numel() for p in self.parameters())
         embedding = {self.wte.weight, self.wpe.weight, self.lm_head.weight}  # a set: a tied head counts once
-        return {
-            "total": total,
-            "non_embedding": total - sum(p.numel() for p in embedding),
-            "query_path": sum(p.numel() for block in self.blocks for p in block.attn.query.parameters()),
-        }
-
-    def flops_per_token(self):
-        """Floating-point operations of one training step per token, forward and backward (PaLM, appendix B).
-
-        Six for each weight of a matrix product, the query's and the output head's included, and
-        12 n_layer d T for the two products inside attention, counted as if it were not causal.
-        """
-        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
-
-
-# ---------------------------------------------------------------------------------------------------
-# The loss. Logits of all positions would be the largest tensor of a step, and their gradient another one.
-
-LOGITS_AT_ONCE = 2**27  # half a gigabyte in float32
-ROWS_AT_ONCE = 8192  # a sum of more gradients might overflow float16
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """Sum of the cross-entropies of softmax(x weightᵀ), whose logits are computed and discarded part by part.
-
-    So the gradients are computed in forward, where a part's logits still exist; backward only scales them.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, with_gradients):
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        w, rows = weight.to(dtype), min(ROWS_AT_ONCE, max(1, LOGITS_AT_ONCE // len(weight)))
-        dx, dw = (torch.zeros_like(t) if with_gradients else None for t in (x, weight))
-        precise = torch.promote_types(dtype, torch.float32)
-        total = torch.zeros((), device=x.device, dtype=precise)
-        for start in range(0, len(x), rows):
-            part = slice(start, start + rows)
-            x_part, target = x[part].to(dtype), targets[part, None]  # (rows, d), (rows, 1)
-            log_p = F.linear(x_part, w).log_softmax(dim=1, dtype=precise)  # (rows, V)
-            kept, target = target >= 0, target.clamp(min=0)
-            total -= log_p.gather(1, target).masked_fill(~kept, 0.0).sum()
-            if with_gradients:
-                d_logits = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=precise))
-                d_logits = (d_logits * kept).to(dtype)  # softmax minus one-hot
-                dx[part] = d_logits @ w
-                dw += d_logits.T @ x_part
-        ctx.save_for_backward(dx, dw)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad):
-        dx, dw = ctx.saved_tensors
-        return dx * grad, dw * grad, None, None
-
-
-def linear_cross_entropy(x, weight, targets):
-    """Mean of the cross-entropies, in nats, of logits x weightᵀ; x (N, d), weight (V, d), targets (N), -1: left out."""
-    with_gradients = torch.is_grad_enabled()  # asked here, since it is off within forward
-    total = LinearCrossEntropy.apply(x, weight, targets, with_gradients)
-    return total / (targets >= 0).sum()
-
-
-# ---------------------------------------------------------------------------------------------------
-# Drawing tokens, and the random streams.
+        query_path = sum(p.numel() for block in self.blocks for p in block.attn.query.parameters())
+        return {"total": total, "non_embedding": total - sum(p.numel() for p in embedding), "query_path": query_path}
 
 
 def sample(logits, temperature, top_k, top_p, generator):
@@ -387,11 +292,8 @@ def sample(logits, temperature, top_k, top_p, generator):
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
 
 
-def stream_seed(seed, *key):
-    """The seed of one random stream: a fixed function of the run's seed and the stream's name.
-
-    Each use of randomness (a parameter, a step's batch, a step's dropout in each process) has a stream of
-    its own, so none can disturb another.
-    """
+def derive_seed(seed, *key):
+    """The seed for one use of randomness (a parameter, a step's batch, a step's dropout in each process): a fixed
+    function of the run's seed and of that use's name. So no use can disturb another."""
     digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1  # torch takes seeds below 2**63

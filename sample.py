@@ -7,10 +7,25 @@ from pathlib import Path
 
 import torch
 
-from command import Parser, UserError, run_program
-from machine import pick_device
-from tokenizer import load_tokenizer
-from run_folder import RunFolder
+from model import GPT, GPTConfig
+from utils.checkpoint import RunFolder, fitting
+from utils.device import pick_device
+from utils.generation import for_generation
+from utils.settings import Parser, UserError, run_program
+from utils.tokenizers import load_tokenizer
+
+
+def load_model(folder, device):
+    """The run's best model, or its last where none is marked best -> (GPT ready to generate, its tokenizer's spec)."""
+    run = RunFolder(folder)
+    name = next((name for name in ("best.pt", "ckpt.pt") if run.holds(name)), None)
+    if name is None:
+        raise UserError(f"{run} holds no trained model (neither best.pt nor ckpt.pt)")
+    checkpoint = run.load(name)
+    with fitting(run.path / name):
+        model = GPT(GPTConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+    return for_generation(model.to(device)), checkpoint["tokenizer"]
 
 
 def encode_prompt(prompt, tokenizer, block_size):
@@ -65,7 +80,7 @@ def read_options(argv):
 def main(argv=None):
     options = read_options(argv)
     device = pick_device(options.device)
-    model, tokenizer_spec = RunFolder(options.run).load_model(device)
+    model, tokenizer_spec = load_model(options.run, device)
     tokenizer = load_tokenizer(tokenizer_spec)
     prompt = encode_prompt(options.prompt, tokenizer, model.config.block_size).to(device)
     generator = torch.Generator(device).manual_seed(options.seed)
@@ -76,7 +91,7 @@ def main(argv=None):
     texts = [decoder.decode(begin) for decoder in decoders]
     print(texts[0], end="", flush=True)
     sampling = (options.max_new_tokens, options.temperature, options.top_k, options.top_p, generator)
-    for tokens in model.stream(prompt.expand(options.num_samples, -1), *sampling):
+    for tokens in model.generate_tokens(prompt.expand(options.num_samples, -1), *sampling):
         new = [decoder.decode(tokenizer.decode(ids)) for decoder, ids in zip(decoders, tokens.tolist())]
         print(new[0], end="", flush=True)  # the first is shown as it is written, the others when they are done
         texts = [text + more for text, more in zip(texts, new)]

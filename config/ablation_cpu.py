@@ -1,7 +1,7 @@
-# The study of ablate.py on two CPU cores: a model of 0.8 million parameters, 2 million bytes of Python's standard
-# library a run, so that a run takes minutes and the arms can be compared at their own best rates, over seeds.
-# As it stands it trains the baseline; ablate.py sets the arm, the rate and the seed. A run took 4:30 to 6:50 on one
-# core of an AMD EPYC (AVX2); what was found is in the README and in results/stdlib_cpu.
+# The study on two CPU cores: a model of 0.8 million parameters, 2 million bytes of Python's standard library a run, so
+# that a run takes minutes and the arms can be compared at their own best rates, over seeds. As it stands it trains the
+# baseline; python -m study.ablate sets the arm, the rate and the seed. A run took 4:30 to 6:50 on one core of an AMD EPYC
+# (AVX2). What was found, and why this recipe is not to be used again as it stands, is in study/README.md.
 
 dataset = "stdlib"  # as bytes; prepared on first use
 query_mode = "linear"
@@ -14,4 +14,4 @@ beta2 = 0.99
 
 eval_interval, eval_tokens = 1300, 262_144  # once the decay has finished
 log_interval = 20
-dtype = "float32"  # on every machine
+dtype = "float32"  # on every machine, so that runs on different ones can be compared

@@ -1,0 +1,101 @@
+"""What the tests share: a folder of one's own with a tiny data set, and programs run as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"  # real data for tests, where it exists
+
+TEXT = "".join(f"{n} plus {m} is {n + m}.\n" for n in range(40) for m in range(n % 7 + 3))
+
+
+@pytest.fixture(autouse=True)
+def one_folder_for_each_test(tmp_path, monkeypatch):
+    """data/ and out/ are below the current folder, which is the test's own."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def tiny_data():
+    """data/tiny: some thousand characters."""
+    import prepare_data
+
+    Path("tiny.txt").write_text(TEXT, encoding="utf-8")
+    prepare_data.main(["text", "--name=tiny", "--input", "tiny.txt", "--tokenizer=char"])
+
+
+@pytest.fixture
+def tiny_config(tiny_data):
+    """tiny.py: a config that trains on data/tiny in a second."""
+    Path("tiny.py").write_text(
+        "dataset = 'tiny'\ndevice = 'cpu'\n"
+        "n_layer, n_head, n_embd, block_size = 2, 2, 16, 16\n"
+        "batch_size, gradient_accumulation_steps = 2, 2\n"
+        "max_iters, eval_interval, log_interval = 12, 4, 2\n"
+        "learning_rate, warmup_iters, dropout, eval_tokens = 1e-2, 2, 0.1, 500\n",
+        encoding="utf-8",
+    )
+    return "tiny.py"
+
+
+@pytest.fixture
+def gpt2_vocabulary(monkeypatch):
+    """GPT-2's vocabulary without the network."""
+    if not (SHARED / "tiktoken_cache").is_dir():
+        pytest.skip("needs a filled tiktoken cache beside the project")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+
+
+def run(program, *arguments, **options):
+    """Run a program of the project in the current folder -> CompletedProcess with its text output."""
+    command = [sys.executable, str(ROOT / program), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, capture_output=True, text=True, encoding="utf-8", env=environment, timeout=170, **options
+    )
+
+
+def metrics(folder, key):
+    """{step: value} from metrics.jsonl."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    values = [(line["step"], line[key]) for line in lines if key in line]
+    assert len(dict(values)) == len(values), "a step was logged twice"
+    return dict(values)
+
+
+def checkpoint(folder, name="ckpt.pt"):
+    return torch.load(Path(folder) / name, weights_only=True)
+
+
+def assert_same(a, b, at=""):
+    """Bit for bit, all the way down."""
+    assert type(a) is type(b), at
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), at
+        for key in a:
+            assert_same(a[key], b[key], f"{at}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), at
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{at}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), at
+    else:
+        assert a == b, at
+
+
+def assert_same_run(a, b):
+    for name in ("ckpt.pt", "best.pt"):
+        x, y = checkpoint(a, name), checkpoint(b, name)
+        for state in (x["state"], y["state"]):
+            for timing in ("seconds", "timed_steps", "timed_seconds"):
+                state.pop(timing)
+        assert_same(x, y, name)
+    for key in ("train_loss", "learning_rate", "grad_norm", "val_loss", "bits_per_byte"):
+        assert metrics(a, key) == metrics(b, key)

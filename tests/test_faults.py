@@ -1,0 +1,260 @@
+"""Runs that are killed, disks that are full, files that are damaged: nothing is lost, nothing wrong let through."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import model
+import train
+from utils.settings import UserError
+from conftest import ROOT, assert_same, assert_same_run, checkpoint, run
+from utils.checkpoint import RunFolder
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and POSIX signals")
+
+
+def slow(test):
+    """Real processes, some of them killed: pytest -m slow."""
+    return pytest.mark.slow(posix(test))
+
+
+# Each start is a fork of one process that has torch loaded and in use, so that twenty take seconds.
+KILLER = """
+import os, random, signal, sys, time
+sys.path.insert(0, {root!r})
+import torch
+torch.set_num_threads(1)
+import train
+
+train.main(["tiny.py", "--out_dir=out/warm_up"])
+rng, killed = random.Random(0), 0
+while killed < 20 or not os.path.exists("out/killed/ckpt.pt"):
+    child = os.fork()
+    if child == 0:
+        sys.stdout = open(os.devnull, "w")
+        resume = ["--resume"] if os.path.exists("out/killed/config.json") else []
+        os._exit(train.main(["tiny.py", *{flags!r}, "--out_dir=out/killed", *resume]))
+    time.sleep(rng.uniform(0.0, 0.6))
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if not os.WIFSIGNALED(status):
+        sys.exit(f"it ended after {{killed}} kills, with status {{os.waitstatus_to_exitcode(status)}}")
+    killed += 1
+"""
+
+
+@slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a C++ compiler")
+@pytest.mark.parametrize("mode", ["linear", "nonlinear"])
+def test_a_step_compiled_to_machine_code_has_the_gradients_of_an_eager_one(mode):
+    idx, targets = torch.randint(50, (2, 8, 16), generator=torch.Generator().manual_seed(0))
+    results = []
+    for compiled in (False, True):
+        gpt = model.GPT(model.GPTConfig(16, 50, 2, 2, 16, query_mode=mode), seed=1)
+        if compiled:
+            gpt.compile(fullgraph=True)
+        gpt(idx, targets)[1].backward()
+        results.append([p.grad for p in gpt.parameters()])
+    for eager, compiled in zip(*results):
+        torch.testing.assert_close(eager, compiled, rtol=1e-4, atol=1e-6)
+
+
+@slow
+def test_killed_twenty_times_it_ends_as_if_it_had_not_been(tiny_config):
+    flags = ["--max_iters=100000", "--eval_interval=10", "--eval_tokens=16", "--log_interval=5", "--dropout=0.2"]
+    Path("killer.py").write_text(KILLER.format(root=str(ROOT), flags=flags))
+    done = subprocess.run([sys.executable, "killer.py"], capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr
+    reached = RunFolder("out/killed").load("ckpt.pt")["state"]["step"]
+    assert reached > 0
+    end = [f"--max_iters={reached + 20}", "--lr_decay_iters=100000", *flags[1:]]
+    assert run("train.py", tiny_config, *end, "--out_dir=out/killed", "--resume").returncode == 0
+    assert run("train.py", tiny_config, *end, "--out_dir=out/whole").returncode == 0
+    assert_same_run("out/killed", "out/whole")
+    assert not list(Path("out/killed").glob("*.tmp"))
+
+
+@slow
+def test_a_full_disk_while_saving_keeps_the_checkpoint_before(tiny_config):
+    resource = pytest.importorskip("resource")
+    flags = [tiny_config, "--log_interval=1"]
+    assert run("train.py", *flags, "--max_iters=4", "--lr_decay_iters=12").returncode == 0
+    good = Path("out/tiny/ckpt.pt").read_bytes()
+    limit = len(good) // 2
+    done = run(
+        "train.py",
+        *flags,
+        "--resume",
+        "--max_iters=12",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "could not be written" in done.stderr and "the one before it is kept" in done.stderr
+    assert Path("out/tiny/ckpt.pt").read_bytes() == good and not list(Path("out/tiny").glob(".*.tmp"))
+    assert run("train.py", *flags, "--resume", "--max_iters=12").returncode == 0
+    assert run("train.py", *flags, "--max_iters=12", "--out_dir=out/whole").returncode == 0
+    assert_same(checkpoint("out/tiny")["model"], checkpoint("out/whole")["model"])
+
+
+def test_a_lost_folder_ends_in_one_line(tiny_config, monkeypatch):
+    step = train.train_step
+
+    def lose(*arguments):
+        shutil.rmtree("out")
+        return step(*arguments)
+
+    monkeypatch.setattr(train, "train_step", lose)
+    with pytest.raises((UserError, OSError)) as e:
+        train.main([tiny_config])
+    assert "out/tiny" in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda c: c["model"].pop("ln_f.weight"), "ln_f.weight"),
+        (lambda c: c["model"].update({"wte.weight": torch.ones(3, 4)}), "wte.weight"),
+        (lambda c: c.pop("state"), "has no state"),
+        (lambda c: c["optimizer"].pop("param_groups"), "param_groups"),
+        (lambda c: c["state"].pop("step"), "step"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_named(tiny_config, damage, words):
+    train.main([tiny_config])
+    folder = RunFolder("out/tiny")
+    checkpoint = folder.load("ckpt.pt")
+    damage(checkpoint)
+    folder.save("ckpt.pt", checkpoint)
+    with pytest.raises(UserError) as e:
+        train.main([tiny_config, "--resume", "--max_iters=20", "--lr_decay_iters=12"])
+    assert "out/tiny/ckpt.pt" in str(e.value) and words in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_named(tiny_config, length):
+    train.main([tiny_config])
+    path = Path("out/tiny/ckpt.pt")
+    data = path.read_bytes()
+    path.write_bytes(data[: length if length >= 1 else int(length * len(data))])
+    with pytest.raises(UserError, match="out/tiny/ckpt.pt cannot be read as a checkpoint .*put a good copy"):
+        train.main([tiny_config, "--resume", "--max_iters=20", "--lr_decay_iters=12"])
+
+
+def test_token_ids_beyond_the_vocabulary_are_never_trained_on(tiny_config):
+    path = Path("data/tiny/train.bin")
+    ids = bytearray(path.read_bytes())
+    ids[500:] = bytes([200]) * (len(ids) - 500)
+    path.write_bytes(ids)
+    with pytest.raises(UserError, match="data/tiny/train.bin holds the token id 200, but its vocabulary has 18"):
+        train.main([tiny_config])
+    assert not Path("out/tiny/ckpt.pt").exists()
+
+
+@slow
+def test_two_runs_in_one_folder_at_once_are_refused(tiny_config):
+    flags = [tiny_config, "--max_iters=100000", "--eval_interval=50000", "--eval_tokens=16"]
+    command = [sys.executable, str(ROOT / "train.py"), *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        for line in first.stdout:
+            if line.startswith("step 2/"):
+                break
+        for arguments in ([*flags], [*flags, "--resume"]):
+            second = run("train.py", *arguments)
+            assert second.returncode == 1 and "another process is at work in out/tiny" in second.stderr
+        assert run("train.py", *flags, "--resume", "--eval_only").returncode == 0  # only reads
+        first.send_signal(signal.SIGTERM)
+        first.communicate(timeout=60)
+        assert first.returncode == 143
+    finally:
+        first.kill()
+    assert run("train.py", *flags[:1], *flags[2:], "--max_iters=100001", "--lr_decay_iters=100000").returncode == 1
+    assert not Path("out/tiny/.lock").exists()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Two processes, started as torchrun does, but without torchrun, which would end them by itself.
+
+RANK = """
+import os, sys
+sys.path.insert(0, {root!r})
+import train
+from utils import settings
+
+step = train.train_step
+
+def spoilt(*arguments):
+    loss, norm = step(*arguments)
+    return (loss * float("nan"), norm) if arguments[-1] == 3 and os.environ["RANK"] == "1" else (loss, norm)
+
+if "spoil" in sys.argv:
+    sys.argv.remove("spoil")
+    train.train_step = spoilt
+settings.run_program(train.main)
+"""
+
+
+@pytest.fixture
+def two_ranks(tiny_config):
+    """A function that starts a run of two ranks and waits until it has done two steps."""
+    Path("rank.py").write_text(RANK.format(root=str(ROOT)))
+    ranks = []
+
+    def start(*flags):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = str(s.getsockname()[1])
+        for rank in range(2):
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            command = [sys.executable, "rank.py", tiny_config, "--log_interval=2", *flags]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            ranks.append(subprocess.Popen(command, env=environment, **pipes))
+        assert any(line.startswith("step 2/") for line in ranks[0].stdout)
+        return ranks
+
+    yield start
+    for process in ranks:
+        process.kill()
+
+
+LONG = ["--max_iters=100000", "--eval_interval=50000", "--eval_tokens=16"]
+
+
+@slow
+def test_where_a_rank_dies_the_other_does_not_wait_for_it(two_ranks):
+    ranks = two_ranks(*LONG)
+    ranks[1].kill()
+    _, errors = ranks[0].communicate(timeout=60)
+    assert ranks[0].returncode == 1
+    assert "another process of this run has ended" in errors and "Traceback" not in errors
+
+
+@slow
+def test_a_signal_to_one_rank_stops_both_and_one_process_goes_on(two_ranks, tiny_config):
+    ranks = two_ranks(*LONG)
+    ranks[1].send_signal(signal.SIGTERM)
+    out, _ = ranks[0].communicate(timeout=60)
+    assert "and saved; go on with" in out
+    assert (ranks[0].returncode, ranks[1].wait(timeout=60)) == (143, 143)
+    step = RunFolder("out/tiny").load("ckpt.pt")["state"]["step"]
+    assert step >= 2
+    train.main([tiny_config, *LONG[1:], "--resume", "--lr_decay_iters=100000", f"--max_iters={step + 3}"])
+    assert RunFolder("out/tiny").load("ckpt.pt")["state"]["step"] == step + 3
+    assert [session["processes"] for session in RunFolder("out/tiny").read_json("config.json")["resumed"]] == [1]
+
+
+@slow
+def test_a_loss_that_is_not_finite_on_one_rank_stops_both(two_ranks):
+    ranks = two_ranks("spoil", *LONG)
+    for process in ranks:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 1 and "the loss is not finite" in errors and "Traceback" not in errors

@@ -1,0 +1,222 @@
+"""Mistakes that users make, over all programs: one line that names what is wrong, a status, no traceback, and
+everything on the disk as it was.
+"""
+
+import importlib
+import importlib.util
+import os
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import TEXT
+from utils.settings import run_program
+
+USAGE, FAILURE = 2, 1
+MODULES = {"ablate": "study.ablate", "bench": "tools.bench", "import_checkpoint": "tools.import_checkpoint"}
+no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+no_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+no_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+
+
+class Malicious:
+    def __reduce__(self):
+        return (open, ("executed", "w"))
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    """A folder with a data set, a finished run, and things that are broken in one way each."""
+    folder, here = tmp_path_factory.mktemp("scene"), os.getcwd()
+    os.chdir(folder)
+    try:
+        import prepare_data
+        import train
+
+        Path("tiny.txt").write_text(TEXT)
+        prepare_data.main(["text", "--name=tiny", "--input", "tiny.txt", "--tokenizer=char"])
+        tiny = "dataset = 'tiny'\ndevice = 'cpu'\nn_layer, n_head, n_embd, block_size = 1, 2, 8, 16\n"
+        tiny += "batch_size, gradient_accumulation_steps, max_iters, warmup_iters, eval_tokens = 2, 1, 2, 1, 50\n"
+        Path("tiny.py").write_text(tiny + "learning_rate = 1e-2\n")
+        Path("typo.py").write_text(tiny + "lerning_rate = 1e-2\n")
+        Path("syntax.py").write_text("n_layer = = 2\n")
+        Path("text.py").write_text("n_layer = 'two'\n")
+        train.main(["tiny.py", "--out_dir=out/good"])
+        for name in ("cut", "foreign", "garbage", "executes"):
+            shutil.copytree("out/good", f"out/{name}")
+        for file in ("ckpt.pt", "best.pt"):
+            data = Path("out/good", file).read_bytes()
+            Path("out/cut", file).write_bytes(data[: len(data) // 2])
+            Path("out/executes", file).write_bytes(pickle.dumps(Malicious()))
+        Path("out/foreign/config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+        Path("out/garbage/config.json").write_text("{")
+        for name in ("short", "bare", "odd", "empty"):
+            shutil.copytree("data/tiny", f"data/{name}")
+        Path("data/short/train.bin").write_bytes(Path("data/tiny/train.bin").read_bytes()[:-9])
+        Path("data/bare/meta.json").unlink()
+        Path("data/odd/meta.json").write_text("[]")
+        Path("data/empty/val.bin").write_bytes(b"")
+        Path("empty.txt").touch()
+        Path("latin.txt").write_bytes(b"caf\xe9 " * 100)
+        Path("one.txt").write_text("x")
+        Path("folder").mkdir()
+        torch.save({"weights": torch.ones(3)}, "foreign.pt")
+        Path("executes.pt").write_bytes(pickle.dumps(Malicious()))
+        Path("long.txt").write_text("1 plus 1 is 2.\n" * 5)
+    finally:
+        os.chdir(here)
+    return folder
+
+
+MISTAKES = [
+    # the command line and config files of train.py
+    ("train", "nowhere.py", USAGE, "no config file nowhere.py"),
+    ("train", "tiny.py typo.py", USAGE, "one config file at most"),
+    ("train", "typo.py", USAGE, "'lerning_rate'; the nearest is 'learning_rate'"),
+    ("train", "syntax.py", USAGE, "syntax.py: SyntaxError"),
+    ("train", "text.py", USAGE, "n_layer='two' is not an integer"),
+    ("train", "tiny.py --lerning_rate=1", USAGE, "the nearest is 'learning_rate'"),
+    ("train", "tiny.py --n_layer=1.5", USAGE, "n_layer='1.5' is not an integer"),
+    ("train", "tiny.py --learning_rate=fast", USAGE, "learning_rate='fast' is not a number"),
+    ("train", "tiny.py --resume=maybe", USAGE, "resume='maybe' is not true or false"),
+    ("train", "tiny.py --seed", USAGE, "--seed needs a value"),
+    ("train", "tiny.py --batch_size=0", USAGE, "batch_size=0 must be at least 1"),
+    ("train", "tiny.py --gradient_accumulation_steps=-1", USAGE, "gradient_accumulation_steps=-1"),
+    ("train", "tiny.py --grad_clip=nan", USAGE, "grad_clip=nan"),
+    ("train", "tiny.py --beta2=1", USAGE, "beta2=1"),
+    ("train", "tiny.py --lr_schedule=step", USAGE, "lr_schedule=step must be cosine or linear"),
+    ("train", "tiny.py --dropout=1", USAGE, "dropout=1.0 is not in [0, 1)"),
+    ("train", "tiny.py --dtype=int8", USAGE, "dtype=int8"),
+    # settings that contradict each other
+    ("train", "tiny.py --n_head=3", USAGE, "n_embd=8 is not divisible by n_head=3"),
+    ("train", "tiny.py --query_mode=quadratic", USAGE, "query_mode='quadratic' is not one of"),
+    ("train", "tiny.py --query_mode=linear --query_rank=4", USAGE, "query_rank=4 has no meaning"),
+    ("train", "tiny.py --min_lr=1", USAGE, "min_lr=1 is above learning_rate=0.01"),
+    ("train", "tiny.py --dtype=float16", USAGE, "dtype=float16 needs a CUDA device"),
+    ("train", "tiny.py --vocab_size=5", USAGE, "vocab_size=5 is smaller than the 18 of tiny"),
+    # data that are not there, or not right
+    ("train", "tiny.py --dataset=nowhere", FAILURE, "python prepare_data.py text --name nowhere"),
+    ("train", "tiny.py --dataset=openwebtext", FAILURE, "python prepare_data.py openwebtext"),
+    ("train", "tiny.py --dataset=short", FAILURE, "data/short/train.bin holds"),
+    ("train", "tiny.py --dataset=bare", FAILURE, "data/bare is damaged"),
+    ("train", "tiny.py --dataset=odd", FAILURE, "data/odd is damaged"),
+    ("train", "tiny.py --dataset=empty", FAILURE, "data/empty is damaged"),
+    ("train", "tiny.py --block_size=100000", FAILURE, "too few for block_size=100000"),
+    # runs, machines
+    ("train", "tiny.py --out_dir=out/good", FAILURE, "out/good holds a run"),
+    ("train", "tiny.py --out_dir=empty.txt", FAILURE, "empty.txt is a file"),
+    ("train", "tiny.py --resume --out_dir=out/none", FAILURE, "out/none holds no run to resume"),
+    ("train", "tiny.py --resume --out_dir=out/good --n_embd=16", FAILURE, "n_embd was 8, now is 16"),
+    ("train", "tiny.py --resume --out_dir=out/good --seed=2", FAILURE, "seed was 1337, now is 2"),
+    ("train", "tiny.py --resume --out_dir=out/cut", FAILURE, "out/cut/ckpt.pt cannot be read as a checkpoint"),
+    ("train", "tiny.py --resume --out_dir=out/executes", FAILURE, "out/executes/ckpt.pt cannot be read"),
+    ("train", "tiny.py --resume --out_dir=out/foreign", FAILURE, "is not one of a run"),
+    ("train", "tiny.py --resume --out_dir=out/garbage", FAILURE, "out/garbage/config.json cannot be read"),
+    pytest.param("train", "tiny.py --device=cuda", FAILURE, "device=cuda is not there", marks=no_cuda),
+    ("train", "tiny.py --device=tpu", FAILURE, "device=tpu is not there"),
+    pytest.param("train", "tiny.py --wandb_log", FAILURE, "pip install wandb", marks=no_wandb),
+    pytest.param("train", "tiny.py --out_dir=/nlqgpt", FAILURE, "/nlqgpt", marks=no_root),
+    # sample.py
+    ("sample", "", USAGE, "run"),
+    ("sample", "out/none", FAILURE, "out/none holds no trained model"),
+    ("sample", "data/tiny", FAILURE, "data/tiny holds no trained model"),
+    ("sample", "empty.txt", FAILURE, "empty.txt is a file"),
+    ("sample", "out/cut", FAILURE, "out/cut/best.pt cannot be read"),
+    ("sample", "out/executes", FAILURE, "out/executes/best.pt cannot be read"),
+    ("sample", "out/good --prompt=Ω", FAILURE, "U+03A9"),
+    ("sample", "out/good --prompt=", FAILURE, "the prompt is empty"),
+    ("sample", "out/good --prompt=FILE:nowhere", FAILURE, "nowhere"),
+    ("sample", "out/good --prompt=FILE:long.txt", FAILURE, "this model sees 16 at most"),
+    ("sample", "out/good --temperature=-1", USAGE, "--temperature=-1.0 is out of range"),
+    ("sample", "out/good --top_p=0", USAGE, "--top_p=0.0 is out of range"),
+    ("sample", "out/good --top_k=many", USAGE, "many"),
+    ("sample", "out/good --num_samples=0", USAGE, "--num_samples=0"),
+    ("sample", "out/good --max_new_tokens=x", USAGE, "'x'"),
+    ("sample", "out/good --seed=99999999999999999999", USAGE, "--seed=99999999999999999999"),
+    ("sample", "out/good --promt=x", USAGE, "--promt=x"),
+    ("sample", "out/good --prompt=FILE:latin.txt", FAILURE, "not UTF-8"),
+    ("sample", "out/good --device=tpu", FAILURE, "device=tpu is not there"),
+    # prepare_data.py
+    ("prepare_data", "wikipedia", USAGE, "wikipedia"),
+    ("prepare_data", "text --name=x --input nowhere", FAILURE, "nowhere does not exist"),
+    ("prepare_data", "text --name=x --input empty.txt", FAILURE, "empty.txt is empty"),
+    ("prepare_data", "text --name=x --input folder", FAILURE, "folder is empty"),
+    ("prepare_data", "text --name=x --input latin.txt --tokenizer=char", FAILURE, "latin.txt is not UTF-8"),
+    ("prepare_data", "text --name=tiny --input tiny.txt --tokenizer=char", FAILURE, "exists already"),
+    ("prepare_data", "text --name=x --input one.txt --tokenizer=byte", FAILURE, "too short"),
+    ("prepare_data", "text --name=x --input latin.txt ./latin.txt --tokenizer=byte", FAILURE, "twice"),
+    ("prepare_data", "text --input tiny.txt", USAGE, "--name"),
+    ("prepare_data", "text --name=../x --input tiny.txt", USAGE, "not a plain folder name"),
+    ("prepare_data", "stdlib --input tiny.txt", USAGE, "--input"),
+    ("prepare_data", "shakespeare --input tiny.txt empty.txt", USAGE, "empty.txt"),
+    ("prepare_data", "shakespeare_char --input nowhere", FAILURE, "nowhere"),
+    ("prepare_data", "shakespeare --tokenizer=char", USAGE, "--tokenizer"),
+    ("prepare_data", "text --name=x --input tiny.txt --tokenizer=bpe", USAGE, "bpe"),
+    ("prepare_data", "shakespeare_char --input tiny.txt", FAILURE, "not tiny Shakespeare"),
+    ("prepare_data", "openwebtext --shards=21", USAGE, "--shards: 21 is neither"),
+    ("prepare_data", "openwebtext --mirror=huggingface.co", USAGE, "--mirror: 'huggingface.co' must begin"),
+    ("prepare_data", "openwebtext --tokenizer=char", USAGE, "unrecognized arguments: --tokenizer=char"),
+    # import_checkpoint.py
+    ("import_checkpoint", "", USAGE, "two places are needed"),
+    ("import_checkpoint", "foreign.pt out/x", USAGE, "--dataset=NAME is needed"),
+    ("import_checkpoint", "foreign.pt out/x --dataset=tiny --n_layer=3", USAGE, "--n_layer"),
+    ("import_checkpoint", "foreign.pt out/x --dataset=tiny --lr=3", USAGE, "'lr'"),
+    ("import_checkpoint", "foreign.pt out/x --dataset=tiny --batch_size=0", USAGE, "batch_size=0"),
+    ("import_checkpoint", "nowhere.pt out/x --dataset=tiny", FAILURE, "nowhere.pt"),
+    ("import_checkpoint", "tiny.txt out/x --dataset=tiny", FAILURE, "tiny.txt cannot be read as a checkpoint"),
+    ("import_checkpoint", "executes.pt out/x --dataset=tiny", FAILURE, "executes.pt cannot be read"),
+    ("import_checkpoint", "foreign.pt out/x --dataset=tiny", FAILURE, "lacks model or model_args"),
+    ("import_checkpoint", "out/good/ckpt.pt out/x --dataset=tiny", FAILURE, "lacks model or model_args"),
+    # ablate.py
+    ("ablate", "", USAGE, "config"),
+    ("ablate", "nowhere.py", USAGE, "no config file nowhere.py"),
+    ("ablate", "tiny.py --arm=linear,quadratic", USAGE, "--arm=quadratic is not one of linear"),
+    ("ablate", "tiny.py --lerning_rate=1,2", USAGE, "the nearest is 'learning_rate'"),
+    ("ablate", "tiny.py --learning_rate", USAGE, "--learning_rate needs a value"),
+    ("ablate", "tiny.py --learning_rate=1e-2,fast", USAGE, "learning_rate='fast' is not a number"),
+    ("ablate", "tiny.py --learning_rate=1e-2,0.01", USAGE, "names a value twice"),
+    ("ablate", "tiny.py --learning_rate=1e-2,-1", USAGE, "learning_rate=-1.0 must be above 0"),
+    ("ablate", "tiny.py --seed=1,-2", USAGE, "seed=-2 must be 0 or above"),
+    ("ablate", "tiny.py --seed=1,2 extra", USAGE, "'extra' is not understood"),
+    ("ablate", "tiny.py --query_mode=linear,quadratic", USAGE, "query_mode='quadratic' is not one of"),
+    ("ablate", "tiny.py --arm=linear --query_rank=4", USAGE, "query_rank=4 has no meaning"),
+    ("ablate", "tiny.py --seed=1,2 --tune=2,3", USAGE, "share a seed"),
+    ("ablate", "tiny.py --seed=1 --tune=2 --min_lr=1e-3", FAILURE, "--min_lr=auto"),
+    ("ablate", "tiny.py --arm=linear,linear_wide --mlp_hidden=9", USAGE, "--mlp_hidden is what the arm linear_wide"),
+    ("ablate", "tiny.py --learning_rate=1e-2,1.0000001e-2", USAGE, "two runs would have one name"),
+    ("ablate", "tiny.py --dataset=tiny,../data/tiny", USAGE, "a name would be a path"),
+    ("ablate", "tiny.py --devices=cpu,", USAGE, "an empty device"),
+    ("ablate", "tiny.py --devices=cpu --dtype=float16", USAGE, "dtype=float16 needs a CUDA device"),
+    ("ablate", "tiny.py --out_dir=x", USAGE, "--out_dir is not for a grid"),
+    ("ablate", "tiny.py --devices=cpu,tpu", FAILURE, "device=tpu is not there"),
+    ("ablate", "tiny.py --dataset=nowhere", FAILURE, "python prepare_data.py text --name nowhere"),
+    ("ablate", "tiny.py --dataset=nowhere --dry-run", FAILURE, "python prepare_data.py text --name nowhere"),
+    ("ablate", "tiny.py --block_size=100000", FAILURE, "too few for block_size=100000"),
+    ("ablate", "tiny.py --out=tiny.txt", FAILURE, "tiny.txt"),
+    # bench.py
+    ("bench", "", USAGE, "what"),
+    ("bench", "inference", USAGE, "inference"),
+    ("bench", "train --batch_size=0", USAGE, "--batch_size=0"),
+    ("bench", "train --device=tpu", FAILURE, "device=tpu is not there"),
+]
+
+
+def files():
+    return {path: path.read_bytes() if path.is_file() else None for path in Path().rglob("*")}
+
+
+@pytest.mark.parametrize("program, arguments, status, words", MISTAKES)
+def test_a_mistake_is_one_line_and_changes_nothing(program, arguments, status, words, scene, monkeypatch, capsys):
+    shutil.copytree(scene, ".", dirs_exist_ok=True)
+    before = files()
+    monkeypatch.setattr(sys, "argv", [f"{program}.py", *arguments.split()])
+    with pytest.raises(SystemExit) as end:
+        run_program(importlib.import_module(MODULES.get(program, program)).main)
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == status
+    assert len(lines) == 1 and lines[0].startswith(f"{program}.py: ") and words in lines[0], lines
+    assert files() == before

@@ -1,0 +1,165 @@
+"""README.md and the house: commands, snippets, links and numbers are true, and the root is what it lists."""
+
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import prepare_data
+import sample
+import train
+from conftest import ROOT
+from model import GPT, GPTConfig
+from utils.settings import read_command
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ROOT_HOLDS = "README.md model.py train.py prepare_data.py sample.py test_model.py config LICENSE pyproject.toml .ci"
+ROOT_HOLDS += " .gitignore study tools tests utils"
+DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("[a-z]*/README.md")])
+no_git = pytest.mark.skipif(not (shutil.which("git") and (ROOT / ".git").exists()), reason="not a git checkout")
+
+
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
+
+
+def commands(text):
+    return [line for block in blocks("sh", text) for line in block.splitlines()]
+
+
+COMMANDS = commands(README)
+OF_THE_FORK = [line for line in COMMANDS if "gated" in line]  # what the recipe adds is not here
+PARSERS = {
+    "train.py": lambda words: read_command(words, train.Settings, GPTConfig),
+    "sample.py": sample.read_options,
+    "prepare_data.py": prepare_data.read_options,
+}
+
+
+def tracked():
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [name for name in done.stdout.splitlines() if (ROOT / name).exists()]
+
+
+@no_git
+def test_the_root_holds_what_a_reader_expects():
+    assert {name.split("/")[0] for name in tracked()} == set(ROOT_HOLDS.split())
+
+
+@no_git
+def test_the_files_that_are_the_tutorial_stay_short():
+    for name, most in (("model.py", 300), ("train.py", 350), ("README.md", 230)):
+        assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= most, name
+
+
+def test_utils_know_neither_model_nor_training():
+    for path in (ROOT / "utils").glob("*.py"):
+        assert not re.search(r"^\s*(from|import) (model|train)\b", path.read_text(encoding="utf-8"), re.M), path
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_each_command_is_understood(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for line in commands(path.read_text(encoding="utf-8")):
+        words = shlex.split(line)
+        if words[0] == "torchrun":
+            words = ["python", *words[words.index("train.py") :]]
+        if words[0] != "python" or line in OF_THE_FORK or words[-1] == "--help" or words[1:3] == ["-m", "pytest"]:
+            continue
+        if words[1] == "-m":
+            module = importlib.import_module(words[2])
+            if hasattr(module, "read_options"):  # the demonstration has no options
+                module.read_options(words[3:])
+        else:
+            PARSERS[words[1]](words[2:])
+
+
+def test_the_commands_that_train_and_sample_run_one_after_another():
+    """As they stand, but on a small text, with a small model, for two steps."""
+    Path("tiny.txt").write_text("def main():\n    pass\n" * 50)
+    prepare_data.main(["text", "--name=tiny", "--input", "tiny.txt", "--tokenizer=byte"])
+    small = "--dataset=tiny --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --vocab_size=257 --batch_size=2"
+    small += " --gradient_accumulation_steps=2 --max_iters=2 --eval_tokens=32 --device=cpu --compile=false"
+    shutil.copytree(ROOT / "config", "config")
+    assert train.main(small.split()) == 0  # config/quickstart.py, which the first command of all trains
+    for line in COMMANDS:
+        _, program, *arguments = shlex.split(line)
+        if line in OF_THE_FORK or line.startswith("torchrun"):
+            continue
+        if program == "train.py":
+            assert train.main([*arguments, *([] if arguments == ["--help"] else small.split())]) == 0
+        elif program == "sample.py":
+            sample.main([*arguments, "--max_new_tokens=3", "--device=cpu"])
+
+
+def test_the_two_first_commands_install_what_is_required():
+    required = re.search(r"^dependencies = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    names = re.findall(r'"([a-z]+)', required)
+    first, second = [c for c in COMMANDS if c.startswith("python3 -m venv")]
+    assert f"pip install {' '.join(names)} && .venv/bin/python train.py config/quickstart.py" in first
+    assert f"pip install {' '.join(names)} pytest && .venv/bin/python -m pytest" in second
+
+
+def test_the_recipe_for_a_query_of_ones_own(tiny_config):
+    """The snippet goes where the README says; the commands below it run, on a small text."""
+    (snippet,) = blocks("python")
+    fork = Path("fork").absolute()
+    shutil.copytree(ROOT, fork, ignore=shutil.ignore_patterns(".git", ".venv", "data", "out", "results", "__pycache__"))
+    source = (fork / "model.py").read_text(encoding="utf-8")
+    (registry,) = re.findall(r"^QUERIES = .*$", source, re.M)
+    (fork / "model.py").write_text(source.replace(registry, f"{registry}\n\n\n{snippet}"), encoding="utf-8")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "PYTHONPATH": str(fork)}
+
+    def python(*arguments, **options):
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, **options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    test_line, train_line, ablate_line = (shlex.split(line)[1:] for line in OF_THE_FORK)
+    assert "4 passed" in python(*test_line, cwd=fork)
+    python(fork / train_line[0], tiny_config, *train_line[2:])
+    words = [tiny_config, *ablate_line[3:], "--dry-run"]
+    assert "query_mode=gated" in python("-m", "study.ablate", *words)
+    record = json.loads(Path("out/gated/config.json").read_text())
+    assert record["model"]["query_mode"] == "gated" and record["parameters"]["query_path"] == 2 * 16**2
+    assert Path("out/gated/summary.json").exists()
+
+
+def total_parameters(config):
+    config.vocab_size = config.vocab_size or 257
+    with torch.device("meta"):
+        return GPT(config).parameter_report()
+
+
+def test_the_parameters_in_the_tables():
+    modes = re.findall(r"^\| `(\w+)` \|.*\| ([\d,]+) \|$", README, re.M)
+    assert len(modes) == 3
+    for mode, count in modes:
+        assert total_parameters(GPTConfig(query_mode=mode))["query_path"] == 12 * int(count.replace(",", ""))
+    rows = re.findall(r"^\| .*\[(\w+)\]\(config/\1\.py\) \| (.*?) \|", README, re.M)
+    assert {name for name, _ in rows} == {path.stem for path in (ROOT / "config").glob("[!_]*.py")}
+    for name, text in rows:
+        _, config = read_command([f"{ROOT}/config/{name}.py"], train.Settings, GPTConfig)
+        for number in re.findall(r"\d{1,3}(?:,\d{3})+", text):
+            assert int(number.replace(",", "")) == total_parameters(config)["total"]
+
+
+def test_the_file_tree_is_complete():
+    (tree,) = re.findall(r"## Files\n\n```\n(.*?)```", README, re.S)
+    listed = {line.split()[0].rstrip("/") for line in tree.splitlines()}
+    assert listed == {name for name in ROOT_HOLDS.split() if name[0] != "." and name.islower() and name[-5:] != ".toml"}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+        assert re.match(r"https://(arxiv\.org|github\.com)/", target) or (path.parent / target).exists(), target

@@ -1,0 +1,103 @@
+"""sample.py: what it prints, and what it refuses."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+import train
+from conftest import run
+from model import GPT, GPTConfig
+from utils.checkpoint import RunFolder
+from utils.generation import for_generation
+from utils.settings import UserError
+from utils.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer
+
+
+@pytest.fixture
+def a_run(tiny_config):
+    train.main([tiny_config])
+    return "out/tiny"
+
+
+def printed(capsys, *arguments):
+    capsys.readouterr()
+    assert sample.main(list(arguments)) == 0
+    return capsys.readouterr().out
+
+
+def test_it_prints_what_the_model_generates(a_run, capsys):
+    model, spec = sample.load_model(a_run, "cpu")
+    tokenizer = load_tokenizer(spec)
+    prompt = torch.tensor([tokenizer.encode(b"7 plus ").tolist()])
+    generator = torch.Generator().manual_seed(5)
+    rows = model.generate(prompt.expand(2, -1), 40, temperature=0.7, top_k=8, generator=generator).tolist()
+    assert rows[0] != rows[1]
+    expected = ("\n" + "-" * 79 + "\n").join(tokenizer.decode(row).decode() for row in rows) + "\n"
+    options = ["--num_samples=2", "--max_new_tokens=40", "--temperature=0.7", "--top_k=8", "--seed=5", "--device=cpu"]
+    assert printed(capsys, a_run, "--prompt=7 plus ", *options) == expected
+    Path("p.txt").write_text("7 plus ")
+    assert printed(capsys, a_run, "--prompt=FILE:p.txt", *options) == expected
+    assert printed(capsys, a_run, "--prompt=7 plus ", *options[:-2], "--seed=6") != expected
+
+
+def test_the_best_model_is_used_or_the_last(a_run):
+    folder = RunFolder(a_run)
+    checkpoint = folder.load("best.pt")
+    checkpoint["model"]["ln_f.weight"].fill_(7)
+    folder.save("best.pt", checkpoint)
+    best, _ = sample.load_model(a_run, "cpu")
+    assert not best.training and (best.ln_f.weight == 7).all()
+    Path(a_run, "best.pt").unlink()
+    assert (sample.load_model(a_run, "cpu")[0].ln_f.weight != 7).all()
+
+
+def test_bytes_that_make_up_a_character_are_printed_together(tiny_data, capsys):
+    text = "日本語 😀 ünï\n" * 60
+    Path("u.txt").write_text(text, encoding="utf-8")
+    import prepare_data
+
+    prepare_data.main(["text", "--name=u", "--input", "u.txt", "--tokenizer=byte"])
+    Path("u.py").write_text(
+        "dataset, device = 'u', 'cpu'\nn_layer, n_head, n_embd, block_size = 1, 2, 32, 32\n"
+        "batch_size, gradient_accumulation_steps = 8, 1\n"
+        "max_iters, warmup_iters, learning_rate, lr_schedule = 150, 5, 1e-2, 'linear'\n"
+    )
+    train.main(["u.py"])
+    out = printed(capsys, "out/u", "--prompt=日", "--temperature=0", "--num_samples=1", "--max_new_tokens=100")
+    assert out.startswith("日本語 😀 ünï\n日本語 😀 ünï\n")
+
+
+@pytest.mark.parametrize("mode", ["linear", "identity", "nonlinear"])
+def test_the_layout_for_generation_changes_no_value(mode):
+    config = GPTConfig(16, 50, 2, 2, 32, query_mode=mode, dropout=0.5)
+    model, same = GPT(config).double().train(), GPT(config).double().eval()
+    assert for_generation(model) is model and not model.training
+    for (name, ours), (_, theirs) in zip(model.state_dict().items(), same.state_dict().items()):
+        assert torch.equal(ours, theirs), name
+    assert model.lm_head.weight is model.wte.weight
+    idx = torch.randint(50, (2, 16))
+    torch.testing.assert_close(model(idx)[0], same(idx)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_without_a_prompt_it_begins_as_documents_do():
+    for tokenizer, expected in (
+        (ByteTokenizer(True), [[256]]),
+        (ByteTokenizer(False), [[10]]),  # one document: the separator was never trained
+        (CharTokenizer("\nab", False), [[0]]),
+    ):
+        assert sample.encode_prompt(None, tokenizer, 16).tolist() == expected
+    assert sample.encode_prompt("\udcff", ByteTokenizer(False), 16).tolist() == [[255]]  # bytes as they were typed
+    with pytest.raises(UserError, match=r"'\\n'.*not among"):
+        sample.encode_prompt(None, CharTokenizer("ab", False), 16)
+
+
+def test_a_missing_or_damaged_run_is_told(a_run):
+    for folder in ("out/nowhere", "tiny.py"):
+        with pytest.raises(UserError, match=folder):
+            sample.main([folder])
+    Path(a_run, "best.pt").write_bytes(b"not a checkpoint")
+    done = run("sample.py", a_run)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("sample.py: ") and "best.pt" in done.stderr and done.stderr.count("\n") == 1

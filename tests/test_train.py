@@ -1,0 +1,618 @@
+"""train.py: settings, data order, schedule, evaluation, exact resume, and what it refuses."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+from conftest import ROOT, assert_same, assert_same_run, checkpoint, metrics, run
+from model import GPT, GPTConfig
+from prepare_data import Dataset
+from train import Settings, get_batch, get_lr, get_offsets
+from utils import device as device_module
+from utils.checkpoint import RunFolder
+from utils.device import autocast, flops_per_token, resolve
+from utils.settings import UserError, clock, read_command, short
+
+CONFIGS = sorted((ROOT / "config").glob("[!_]*.py"))
+
+
+def read(*argv):
+    return read_command(argv, Settings, GPTConfig)
+
+
+def meta_model(config):
+    """A model without values, to count its parameters."""
+    config.vocab_size = config.vocab_size or 257
+    with torch.device("meta"):
+        return GPT(config)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Settings.
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_loads_and_builds(config):
+    settings, model_config = read(str(config))
+    assert settings.out_dir == str(Path("out") / config.stem)
+    meta_model(model_config)
+    header = config.read_text(encoding="utf-8").splitlines()[0]
+    assert header.startswith("#") and len(header) > 20
+
+
+ARMS = {
+    "gpt3_small": (124_373_760, 6e-4, 6e-5, 0.1),
+    "identity_gpt3_small": (117_295_872, 6e-4, 6e-5, 2**-5),
+    "nlq_gpt3_small": (124_392_192, 3.6e-3, 2e-5, 0.1),
+    "wide_gpt3_small": (134_990_592, 6e-4, 6e-5, 0.1),
+}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_papers_arms_follow_its_recipe(arm):
+    settings, config = read(f"{ROOT}/config/{arm}.py")
+    s, model = resolve(settings), meta_model(config)
+    untied = 0 if model.config.tie_weights else 50304 * 768
+    assert model.parameter_report()["total"] == ARMS[arm][0] + untied
+    assert (s.learning_rate, pytest.approx(s.min_lr), s.weight_decay) == ARMS[arm][1:]
+    assert s.batch_size * s.gradient_accumulation_steps * model.config.block_size == 491_520
+    assert (s.max_iters, s.warmup_iters, s.lr_decay_iters, s.beta1, s.beta2) == (60_002, 2000, 60_002, 0.9, 0.95)
+    assert (s.dataset, s.grad_clip, s.lr_schedule, model.config.dropout) == ("openwebtext", 1.0, "cosine", 0.0)
+
+
+def test_values_are_converted_to_their_types():
+    Path("c.py").write_text("import math\n_half = 0.5\nlearning_rate = 1\nmax_iters = 1e3\ncompile = False\n")
+    flags = "--batch_size=3 --eval_tokens=1e6 --wandb_log --resume=false --min_lr=auto --dropout=0 --n_layer=2"
+    s, config = read("c.py", *flags.split(), "--query_activation=none")
+    assert (s.learning_rate, s.max_iters, s.compile, s.batch_size, s.eval_tokens) == (1.0, 1000, False, 3, 1_000_000)
+    assert (s.wandb_log, s.resume, s.min_lr, s.out_dir) == (True, False, None, os.path.join("out", "c"))
+    assert (config.dropout, config.n_layer, config.query_activation, config.vocab_size) == (0.0, 2, "none", None)
+    assert all(type(v) is t for v, t in ((s.learning_rate, float), (s.max_iters, int), (config.dropout, float)))
+
+
+@pytest.mark.parametrize(
+    "config, flags, words",
+    [
+        ("", ["--learning_rat=1"], ["learning_rat", "'learning_rate'"]),
+        ("", ["--n_heads=2"], ["n_heads", "'n_head'"]),
+        ("learning_rte = 1", [], ["c.py", "learning_rte", "'learning_rate'"]),
+        ("", ["--max_iters=ten"], ["max_iters", "'ten'", "an integer"]),
+        ("", ["--max_iters=1.5"], ["max_iters", "'1.5'", "an integer"]),
+        ("max_iters = True", [], ["c.py", "max_iters", "True", "an integer"]),
+        ("learning_rate = 'fast'", [], ["learning_rate", "'fast'", "a number"]),
+        ("", ["--learning_rate=nan"], ["learning_rate=nan", "above 0"]),
+        ("compile = 3", [], ["compile", "3", "true or false"]),
+        ("dataset = 7", [], ["dataset", "7", "a text"]),
+        ("", ["--batch_size"], ["--batch_size=VALUE"]),
+        ("", ["--batch_size", "4"], ["--batch_size=VALUE"]),
+        ("", ["d.py"], ["one config file", "c.py d.py"]),
+        ("raise SystemExit(3)", [], ["c.py", "SystemExit"]),
+        ("raise ValueError('two\\nlines')", [], ["c.py", "two lines"]),
+        ("", ["--batch_size=0"], ["batch_size=0", "at least 1"]),
+        ("", ["--beta2=1"], ["beta2=1.0", "[0, 1)"]),
+        ("", ["--lr_schedule=step"], ["lr_schedule=step", "cosine or linear"]),
+        ("", ["--dtype=fp8"], ["dtype=fp8", "bfloat16"]),
+        ("", ["--n_head=5"], ["n_embd=768", "n_head=5"]),
+        ("", ["--query_mode=linear", "--query_rank=4"], ["query_rank=4", "linear"]),
+        ("", ["--causal=false"], ["unknown setting 'causal'"]),
+        ("x = = 1", [], ["c.py", "SyntaxError"]),
+        ("from config.nowhere import *", [], ["c.py", "nowhere"]),
+    ],
+)
+def test_mistaken_settings_are_refused(config, flags, words):
+    Path("c.py").write_text(config)
+    with pytest.raises(UserError) as e:
+        read("c.py", *flags)
+    assert e.value.status == 2
+    assert all(word in str(e.value) for word in words) and "\n" not in str(e.value)
+
+
+def test_help_lists_every_setting_with_its_default(capsys):
+    assert train.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for cls in (Settings, GPTConfig):
+        for name, field in cls.__dataclass_fields__.items():
+            if name != "causal":
+                (shown,) = re.findall(rf"^  --{name}=(.*)\n        \S", text, re.M)
+                default = "auto" if field.default is None else field.default
+                assert shown.strip('"') == str(default) or float(shown) == default
+
+
+def test_the_learning_rate_follows_its_schedule():
+    s = Settings(learning_rate=1.0, min_lr=0.1, warmup_iters=9, lr_decay_iters=109)
+    expected = {0: 0.1, 4: 0.5, 8: 0.9, 9: 1.0, 59: 0.55, 34: 0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2, 109: 0.1, 500: 0.1}
+    assert {step: pytest.approx(get_lr(s, step)) for step in expected} == expected
+    s = Settings(learning_rate=1.0, min_lr=0.0, lr_schedule="linear", warmup_iters=0, lr_decay_iters=10)
+    assert [get_lr(s, step) for step in range(11)] == pytest.approx([1 - step / 10 for step in range(11)])
+    for warmup in (10, 12):  # longer than the run: nothing divides by zero
+        s = Settings(learning_rate=1.0, min_lr=0.1, warmup_iters=warmup, lr_decay_iters=10)
+        assert all(0 < get_lr(s, step) <= 1 for step in range(15))
+
+
+def test_auto_settings_are_resolved_after_every_override():
+    s = resolve(Settings(device="cpu", max_iters=70, learning_rate=0.5))
+    assert (s.lr_decay_iters, s.min_lr, s.compile) == (70, 0.05, False)
+    assert resolve(Settings(device="cpu", lr_schedule="linear")).min_lr == 0
+    assert resolve(Settings(device="cpu", compile=True, dtype="bfloat16")).dtype == "bfloat16"
+    with pytest.raises(UserError, match="float16"):
+        resolve(Settings(device="cpu", dtype="float16"))
+    for device in ("cuda:99", "tpu"):
+        with pytest.raises(UserError, match=f"device={device}"):
+            resolve(Settings(device=device))
+
+
+def test_a_process_uses_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for visible, local_rank, device in ((8, 3, "cuda:3"), (1, 3, "cuda:0"), (1, 0, "cuda:0")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda visible=visible: visible)
+        assert device_module.pick_device(None, local_rank) == device
+
+
+# ---------------------------------------------------------------------------------------------------
+# Data and evaluation.
+
+
+def test_batches_depend_on_seed_and_step_alone(tiny_data):
+    data = Dataset("tiny", 16)
+    tokens = np.fromfile("data/tiny/train.bin", np.uint8)
+    offsets = get_offsets(data, 5, 3, 1000)
+    assert np.array_equal(offsets, get_offsets(Dataset("tiny", 16), 5, 3, 1000))
+    assert np.array_equal(offsets[:10], get_offsets(data, 5, 3, 10))  # more sequences extend the step's batch
+    for seed, step in ((5, 4), (6, 3)):
+        assert np.mean(offsets == get_offsets(data, seed, step, 1000)) < 0.02
+    last = len(tokens) - 17
+    assert offsets.min() < 0.02 * last and 0.98 * last < offsets.max() <= last
+    x, y = get_batch(data, "train", [0, last], len(tokens), "cpu")
+    for row, offset in enumerate((0, last)):
+        assert x[row].tolist() == tokens[offset : offset + 16].tolist()
+        assert y[row].tolist() == tokens[offset + 1 : offset + 17].tolist()
+
+
+def test_the_batch_of_a_step_is_pinned():
+    """Philox with a sha256 key is defined outside numpy and Python: a run from years ago can be repeated."""
+    import hashlib
+
+    key = int.from_bytes(hashlib.sha256(b"(1337, 'batch', 0)").digest()[:8], "little") >> 1
+    M0, M1, W0, W1, mask = 0xD2E7470EE14C6C93, 0xCA5A826395121157, 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B, 2**64 - 1
+    c, k = [1, 0, 0, 0], [key, 0]  # the first block of Philox4x64-10 (Salmon et al. 2011), counter 1 as in numpy
+    for _ in range(10):
+        a, b = M0 * c[0], M1 * c[2]
+        c = [(b >> 64) ^ c[1] ^ k[0], b & mask, (a >> 64) ^ c[3] ^ k[1], a & mask]
+        k = [(k[0] + W0) & mask, (k[1] + W1) & mask]
+    data = types.SimpleNamespace(n_tokens=lambda split: 1_000_003, block_size=3)
+    assert get_offsets(data, 1337, 0, 4).tolist() == [value % 1_000_000 for value in c]
+
+
+@pytest.mark.parametrize("split", [(4, 1), (1, 4)])
+def test_accumulation_changes_neither_data_nor_losses(tiny_config, split):
+    train.main([tiny_config, "--dropout=0"])
+    batch_size, accumulation = split
+    sizes = [f"--batch_size={batch_size}", f"--gradient_accumulation_steps={accumulation}"]
+    train.main([tiny_config, "--dropout=0", "--out_dir=out/b", *sizes])
+    for key in ("train_loss", "val_loss", "grad_norm"):
+        assert metrics("out/b", key) == pytest.approx(metrics("out/tiny", key), rel=2e-5)
+
+
+@pytest.mark.parametrize("eval_tokens", [None, 100, 16, 7])
+def test_validation_is_the_mean_over_tokens_whatever_the_batch_size(tiny_data, eval_tokens):
+    data, model = Dataset("tiny", 16), GPT(GPTConfig(16, 20, 2, 2, 16)).double()
+    tokens = torch.from_numpy(np.fromfile("data/tiny/val.bin", np.uint8).astype(np.int64))
+    n = eval_tokens or len(tokens) - 1
+    nats = 0.0
+    for start in range(0, n, 16):  # one window at a time, the last one shorter
+        stop = min(start + 16, n)
+        log_p = model(tokens[None, start:stop])[0].log_softmax(-1)
+        nats -= log_p[0, torch.arange(stop - start), tokens[start + 1 : stop + 1]].sum().item()
+    for batch_size in (1, 3, 50):
+        s = resolve(Settings(device="cpu", dtype="float32", batch_size=batch_size, eval_tokens=eval_tokens))
+        found = train.evaluate(train.Objective(model), data, s)
+        assert found["val_loss"] == pytest.approx(nats / n, rel=1e-6)
+        assert found["perplexity"] == pytest.approx(math.exp(nats / n), rel=1e-6)
+        assert found["bits_per_byte"] == pytest.approx(nats / n / math.log(2), rel=1e-6)  # ASCII: a byte a character
+
+
+def test_damaged_or_short_data_are_refused(tiny_data):
+    with pytest.raises(UserError, match="block_size"):
+        Dataset("tiny", 100_000)
+    meta, val = Path("data/tiny/meta.json"), Path("data/tiny/val.bin")
+    text, content = meta.read_text(), val.read_bytes()
+    val.write_bytes(content[:50])
+    with pytest.raises(UserError, match=r"val.bin holds 50 tokens, but meta.json says"):
+        Dataset("tiny", 16)
+    val.write_bytes(content)
+    for damaged in ("{", "{}", "[]", text.replace('"uint8"', '"uint64"')):
+        meta.write_text(damaged)
+        with pytest.raises(UserError, match="data/tiny"):
+            Dataset("tiny", 16)
+    meta.write_text(text)
+    for damage in (lambda: val.write_bytes(b""), val.unlink):
+        damage()
+        with pytest.raises(UserError, match="data/tiny is damaged"):
+            Dataset("tiny", 16)
+
+
+def test_a_missing_data_set_is_refused_with_the_command_that_prepares_it():
+    for name, command in (
+        ("openwebtext", "prepare_data.py openwebtext$"),
+        ("openwebtext_0-3", "prepare_data.py openwebtext --shards 0-3$"),
+        ("mine", "prepare_data.py text --name mine"),
+    ):
+        with pytest.raises(UserError, match=command):
+            train.main([f"--dataset={name}", "--device=cpu"])
+    assert not Path("out").exists()
+
+
+def test_weight_decay_is_for_matrices_alone():
+    model = GPT(GPTConfig(16, 20, 2, 2, 16, bias=True))
+    optimizer = train.make_optimizer(model, Settings(weight_decay=0.3, beta1=0.8, beta2=0.7))
+    decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert all(decay.pop(p) == (0.3 if p.dim() >= 2 else 0) for p in model.parameters())
+    assert not decay and {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.7)}
+
+
+def test_a_step_is_adamw_on_clipped_accumulated_gradients_at_the_scheduled_rate(tiny_data):
+    recipe = dict(device="cpu", dtype="float32", batch_size=2, gradient_accumulation_steps=2, learning_rate=0.02)
+    recipe |= dict(min_lr=0.0, warmup_iters=2, lr_decay_iters=4, weight_decay=0.3, beta1=0.8, beta2=0.9, grad_clip=0.1)
+    s = Settings(**recipe)
+    data, config = Dataset("tiny", 16), GPTConfig(16, 20, 2, 2, 16)
+    ours, ref = GPT(config).double(), GPT(config).double()
+    optimizer, scaler = train.make_optimizer(ours, s), torch.amp.GradScaler(enabled=False)
+    moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in ref.parameters()}
+    for t, rate in enumerate((0.02 / 3, 0.04 / 3, 0.02, 0.01)):
+        found_loss, found_norm = train.train_step(train.Objective(ours), optimizer, scaler, data, s, t)
+        x, y = get_batch(data, "train", get_offsets(data, s.seed, t, 4), data.n_tokens("train"), "cpu")
+        loss = ref(x, y)[1]
+        grads = torch.autograd.grad(loss, list(ref.parameters()))
+        norm = math.sqrt(sum(g.pow(2).sum().item() for g in grads))
+        assert norm > s.grad_clip  # or the test would not see the clipping
+        assert (found_loss.item(), found_norm.item()) == (pytest.approx(loss.item()), pytest.approx(norm))
+        with torch.no_grad():
+            for p, g in zip(ref.parameters(), grads):
+                m, v = moments[p]
+                g = g * s.grad_clip / norm
+                m.mul_(s.beta1).add_(g * (1 - s.beta1))
+                v.mul_(s.beta2).add_(g * g * (1 - s.beta2))
+                step = m / (1 - s.beta1 ** (t + 1)) / ((v / (1 - s.beta2 ** (t + 1))).sqrt() + 1e-8)
+                p.sub_(rate * (step + (s.weight_decay * p if p.dim() >= 2 else 0)))
+    for p, q in zip(ours.parameters(), ref.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_differs_between_steps_and_ranks(tiny_data, monkeypatch):
+    s = Settings(
+        device="cpu", dtype="float32", batch_size=2, gradient_accumulation_steps=1, lr_decay_iters=1, min_lr=0.0
+    )
+    data, losses = Dataset("tiny", 16), {}
+    for rank, step in ((0, 0), (0, 0), (0, 1), (1, 0)):
+        model = GPT(GPTConfig(16, 20, 2, 2, 16, dropout=0.5))
+        monkeypatch.setattr(train, "rank", lambda rank=rank: rank)
+        # every rank and step is given the same two sequences, so that only dropout can differ
+        monkeypatch.setattr(train, "get_offsets", lambda *_, n=rank + 1: np.array([3, 7] * n))
+        optimizer, scaler = train.make_optimizer(model, s), torch.amp.GradScaler(enabled=False)
+        loss, _ = train.train_step(train.Objective(model), optimizer, scaler, data, s, step)
+        losses.setdefault((rank, step), []).append(loss.item())
+    assert losses[0, 0][0] == losses[0, 0][1]
+    assert len({loss for values in losses.values() for loss in values}) == 3
+
+
+# ---------------------------------------------------------------------------------------------------
+# Runs.
+
+
+@pytest.fixture
+def whole_run(tiny_config):
+    assert train.main([tiny_config]) == 0
+    return "out/tiny"
+
+
+def test_a_run_leaves_a_complete_record(whole_run, capsys):
+    names = {"config.json", "metrics.jsonl", "ckpt.pt", "best.pt", "summary.json"}
+    assert {p.name for p in Path(whole_run).iterdir()} == names
+    config = json.loads(Path(whole_run, "config.json").read_text())
+    assert config["settings"]["lr_decay_iters"] == 12 and config["model"]["query_rank"] == 8
+    assert config["parameters"]["total"] == sum(p.numel() for p in GPT(GPTConfig(**config["model"])).parameters())
+    assert len(config["data"]["sha256"]["train"]) == 64 and config["versions"]["torch"] == torch.__version__
+    assert config["command"] == "python train.py tiny.py"
+    assert list(metrics(whole_run, "val_loss")) == [0, 4, 8, 12]
+    assert list(metrics(whole_run, "train_loss")) == [1, 2, 4, 6, 8, 10, 12]
+    losses = metrics(whole_run, "val_loss")
+    assert losses[0] == pytest.approx(math.log(config["model"]["vocab_size"]), rel=0.02)
+    summary = json.loads(Path(whole_run, "summary.json").read_text())
+    assert (summary["final_val_loss"], summary["best_val_loss"]) == (losses[12], min(losses.values()))
+    assert summary["perplexity"] == pytest.approx(math.exp(losses[12]))
+    assert (summary["steps"], summary["tokens"]) == (12, 12 * 4 * 16)
+    assert summary["tokens_per_second"] > 0 and summary["seconds"] > 0
+    best = checkpoint(whole_run, "best.pt")
+    assert losses[best["state"]["step"]] == summary["best_val_loss"] and "optimizer" not in best
+    assert all(name in GPT(GPTConfig(**best["config"])).state_dict() for name in best["model"])
+
+
+def test_n_steps_and_n_more_equal_twice_n_bit_for_bit(tiny_config, whole_run):
+    common = [tiny_config, "--out_dir=out/b", "--lr_decay_iters=12"]
+    train.main([*common, "--max_iters=6"])
+    train.main([*common, "--max_iters=12", "--resume"])
+    # The first session ended on an evaluation of its own, at step 6; nothing else may differ.
+    lines = Path("out/b/metrics.jsonl").read_text().splitlines(keepends=True)
+    extra = [line for line in lines if json.loads(line)["step"] == 6 and "val_loss" in line]
+    assert len(extra) == 1
+    Path("out/b/metrics.jsonl").write_text("".join(line for line in lines if line not in extra))
+    assert_same_run("out/b", whole_run)
+
+
+@pytest.mark.slow
+def test_a_signal_saves_and_the_resumed_run_equals_an_undisturbed_one(tiny_config):
+    flags = [tiny_config, "--max_iters=4000", "--eval_interval=2000", "--eval_tokens=16", "--log_interval=20"]
+    shorter = ["--max_iters=150", "--lr_decay_iters=4000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for number, signum in enumerate((signal.SIGTERM, signal.SIGINT)):
+        out = f"--out_dir=out/{number}"
+        command = [sys.executable, str(ROOT / "train.py"), *flags, out]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        for line in process.stdout:
+            if line.startswith("step 20/"):
+                break
+        process.send_signal(signum)
+        rest = process.communicate()[0]
+        assert process.returncode == 128 + signum
+        told = re.search(r"stopped after step (\d+) and saved; go on with: python (train.py .*)\n", rest)
+        step = checkpoint(f"out/{number}")["state"]["step"]
+        assert int(told[1]) == step and 20 <= step < 150
+        done = run(*told[2].split(), *shorter)
+        assert done.returncode == 0, done.stderr
+    assert (
+        run("train.py", *flags, "--out_dir=out/whole", *shorter).returncode == 0
+    )  # rounding depends on the number of threads
+    for number in range(2):
+        assert_same(checkpoint(f"out/{number}")["model"], checkpoint("out/whole")["model"])
+        assert metrics(f"out/{number}", "train_loss") == metrics("out/whole", "train_loss")
+
+
+def test_killed_before_its_first_checkpoint_a_run_begins_again(tiny_config, whole_run):
+    for name in ("ckpt.pt", "best.pt", "summary.json"):
+        Path(whole_run, name).rename(f"{name}.before")
+    with open(f"{whole_run}/metrics.jsonl", "a") as f:
+        f.write('{"step": 13, "tra')  # the line that was being written
+    train.main([tiny_config, "--resume"])
+    assert_same(checkpoint(whole_run)["model"], torch.load("ckpt.pt.before", weights_only=True)["model"])
+    assert list(metrics(whole_run, "val_loss")) == [0, 4, 8, 12]
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_untouched(tiny_config, whole_run):
+    before = {p.name: p.read_bytes() for p in Path(whole_run).iterdir()}
+    with pytest.raises(UserError, match="--resume"):
+        train.main([tiny_config])
+    for flag in ("--max_iters=20", "--eval_tokens=50"):  # the schedule's end follows max_iters unless it is given
+        with pytest.raises(UserError, match=r"(lr_decay_iters|eval_tokens) was .* now is "):
+            train.main([tiny_config, "--resume", flag])
+    refused = {
+        "--learning_rate=0.5": "learning_rate",
+        "--n_layer=1": "n_layer",
+        "--batch_size=4": "sequences",
+        "--query_mode=linear": "query_mode",
+    }
+    for flag, word in refused.items():
+        with pytest.raises(UserError, match=f"{word}.* was .* now is "):
+            train.main([tiny_config, "--resume", flag])
+    Path("data/tiny").rename("data/old")
+    Path("tiny.txt").write_text(Path("tiny.txt").read_text() + "40 plus 2 is 42.\n")
+    import prepare_data
+
+    prepare_data.main(["text", "--name=tiny", "--input", "tiny.txt", "--tokenizer=char"])
+    with pytest.raises(UserError, match="data set was"):
+        train.main([tiny_config, "--resume"])
+    assert {p.name: p.read_bytes() for p in Path(whole_run).iterdir()} == before
+    with pytest.raises(UserError, match="no run to resume"):
+        train.main([tiny_config, "--resume", "--out_dir=out/nowhere"])
+    Path("out/foreign").mkdir()
+    for content in ("{", "[]", "{}", '{"settings": []}'):
+        Path("out/foreign/config.json").write_text(content)
+        with pytest.raises(UserError, match=r"config\.json"):
+            train.main([tiny_config, "--resume", "--out_dir=out/foreign"])
+
+
+def test_eval_only_gives_the_loss_of_the_checkpoint_and_writes_nothing(tiny_config, whole_run, capsys):
+    before = {p.name: p.read_bytes() for p in Path(whole_run).iterdir()}
+    capsys.readouterr()
+    assert train.main([tiny_config, "--resume", "--eval_only"]) == 0
+    assert f"val loss {metrics(whole_run, 'val_loss')[12]:.4f}" in capsys.readouterr().out
+    assert {p.name: p.read_bytes() for p in Path(whole_run).iterdir()} == before
+
+
+@pytest.mark.parametrize("log_interval", [1, 100])  # seen at a log line, or before the next save
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny_config, monkeypatch, log_interval):
+    good, step = [], train.train_step
+
+    def fails_at_6(objective, optimizer, *arguments):
+        if arguments[-1] == 6:
+            good.append(Path("out/tiny/ckpt.pt").read_bytes())
+            with torch.no_grad():
+                next(objective.parameters()).fill_(math.nan)
+        return step(objective, optimizer, *arguments)
+
+    monkeypatch.setattr(train, "train_step", fails_at_6)
+    with pytest.raises(UserError, match="not finite") as e:
+        train.main([tiny_config, f"--log_interval={log_interval}"])
+    assert e.value.status == 1
+    assert [Path("out/tiny/ckpt.pt").read_bytes()] == good
+    assert checkpoint("out/tiny")["state"]["step"] == 4
+
+
+def test_a_rate_far_too_high_ends_in_one_line_and_status_1(tiny_config):
+    done = run("train.py", tiny_config, "--learning_rate=1e30", "--grad_clip=0")
+    assert done.returncode == 1
+    assert re.fullmatch(r"train\.py: .*finite.*learning_rate \(now 1e\+30\).*\n", done.stderr)
+
+
+def test_two_processes_give_the_losses_of_one(tiny_config):
+    flags = [tiny_config, "--dropout=0", "--gradient_accumulation_steps=4"]
+    train.main(flags)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, ROOT / "train.py", *flags, "--out_dir=out/two"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 12/12 val loss") == 1
+    for key in ("train_loss", "val_loss", "grad_norm"):
+        assert metrics("out/two", key) == pytest.approx(metrics("out/tiny", key), rel=2e-5)
+    assert json.loads(Path("out/two/config.json").read_text())["processes"] == 2
+
+
+def test_accumulation_must_be_shared_evenly(tiny_config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="gradient_accumulation_steps=2 .* 3 processes"):
+        train.main([tiny_config])
+
+
+def test_a_checkpoint_that_is_not_one_executes_nothing(tiny_config, whole_run):
+    import pickle
+
+    class Malicious:
+        def __reduce__(self):
+            return (os.mkdir, ("executed",))
+
+    for content in (pickle.dumps(Malicious()), b"", Path(whole_run, "ckpt.pt").read_bytes()[:-1000]):
+        Path(whole_run, "ckpt.pt").write_bytes(content)
+        with pytest.raises(UserError, match=r"ckpt\.pt cannot be read as a checkpoint"):
+            train.main([tiny_config, "--resume"])
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("query_mode", ["linear", "identity", "nonlinear"])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_bfloat16_stays_close_to_float32(query_mode, qk_norm):
+    model = GPT(GPTConfig(16, 20, 2, 2, 32, query_mode=query_mode, qk_norm=qk_norm))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1 if p.dim() < 2 else 8)  # large enough that the attention weights are far from uniform
+    idx = torch.randint(20, (4, 16), generator=torch.Generator().manual_seed(0))
+    exact, _ = model(idx)
+    with autocast(Settings(device="cpu", dtype="bfloat16")):
+        rounded, _ = model(idx)
+    assert rounded.dtype == torch.bfloat16
+    error = (rounded.float() - exact).pow(2).mean().sqrt() / exact.std()
+    assert 0 < error < 0.05
+    for block in model.blocks:  # a query that went missing would show
+        block.attn.query.forward = torch.zeros_like
+    without, _ = model(idx)
+    assert (without - exact).pow(2).mean().sqrt() / exact.std() > 3 * error
+
+
+def test_a_run_may_change_its_number_format(tiny_config, whole_run):
+    train.main([tiny_config, "--resume", "--dtype=bfloat16", "--max_iters=14", "--lr_decay_iters=12"])
+    record = json.loads(Path(whole_run, "config.json").read_text())
+    assert record["command"] == "python train.py tiny.py" and record["settings"]["dtype"] == "float32"
+    (session,) = record["resumed"]
+    assert session["at_step"] == 12 and session["changed"] == {"dtype": "bfloat16", "max_iters": 14}
+    assert session["command"].endswith("--resume --dtype=bfloat16 --max_iters=14 --lr_decay_iters=12")
+
+
+def test_a_run_in_float16_goes_on_from_one_that_was_not(whole_run):
+    saved, scaler, state = checkpoint(whole_run), torch.amp.GradScaler("cpu", enabled=True), {"step": 0}
+    model = GPT(GPTConfig(**saved["config"]))
+    RunFolder(whole_run).restore(saved, model, train.make_optimizer(model, Settings()), scaler, state)
+    assert state["step"] == 12 and scaler.get_scale() == torch.amp.GradScaler("cpu").get_scale()
+
+
+def test_a_second_ctrl_c_acts_at_once_but_not_torchruns_sigterm():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job would ignore Ctrl-C
+    try:
+        with device_module.StopSignal() as stop:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.number == signal.SIGTERM
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_log_lines_fit_a_terminal(tiny_config, capsys):
+    assert [clock(seconds) for seconds in (5, 125, 3599.6, 45296)] == ["0:05", "2:05", "1h00m", "12h34m"]
+    shortened = [short(number) for number in (0.5, 61.44, 999.9, 23345, 421003, 1.25e6)]
+    assert shortened == ["0.5", "61.4", "1k", "23.3k", "421k", "1.25M"]
+    capsys.readouterr()
+    train.main([tiny_config, "--peak_tflops=0.0001", "--max_iters=60002", "--eval_only"])
+    train.main([tiny_config, "--peak_tflops=0.0001"])
+    lines = capsys.readouterr().out.splitlines()
+    assert any("mfu" in line for line in lines) and max(map(len, lines)) <= 80
+
+
+def test_out_of_memory_and_failed_compilation_say_what_to_change(tiny_config, monkeypatch):
+    def raises(error):
+        def train_step(*_):
+            raise error
+
+        monkeypatch.setattr(train, "train_step", train_step)
+
+    raises(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(UserError, match=r"batch_size \(now 2\).*gradient_accumulation_steps \(now 2\)"):
+        train.main([tiny_config])
+    raises(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+    with pytest.raises(UserError, match="out of memory"):
+        train.main([tiny_config, "--out_dir=out/c"])
+    raises(torch._dynamo.exc.InternalTorchDynamoError("no C++ compiler"))
+    monkeypatch.setattr(train.Objective, "compile", lambda self: None)
+    with pytest.raises(UserError, match="--compile=false"):
+        train.main([tiny_config, "--compile", "--out_dir=out/b"])
+
+
+def test_mfu_is_reported_against_a_known_or_given_peak(tiny_config):
+    train.main([tiny_config, "--peak_tflops=0.001"])
+    speed, mfu = metrics("out/tiny", "tokens_per_second"), metrics("out/tiny", "mfu")
+    config = json.loads(Path("out/tiny/config.json").read_text())["model"]
+    flops = flops_per_token(GPT(GPTConfig(**config)))
+    assert speed.pop(1) is None  # the first step, which may compile, says nothing
+    assert all(mfu[step] == pytest.approx(speed[step] * flops / 1e9, rel=1e-9) for step in speed)
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"query_mode": "linear"}, {"query_mode": "identity"}, {"query_rank": 8}], ids=str
+)
+def test_flops_per_token_equal_what_torch_counts(overrides):
+    model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=3, n_head=4, n_embd=32, mlp_hidden=40, **overrides))
+    idx = torch.randint(50, (2, 16))
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(idx, idx)[1].backward()
+    assert counter.get_total_flops() == 2 * 16 * flops_per_token(model)
+
+
+PEAKS = [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200 NVL", 836), ("Tesla T4", None)]
+PEAKS += [("NVIDIA GeForce RTX 4090 D", 147), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA B200", 2250)]
+
+
+@pytest.mark.parametrize("name, peak", PEAKS)
+def test_the_peak_of_a_gpu_is_known_or_not_given(monkeypatch, name, peak):
+    monkeypatch.setattr(device_module, "device_name", lambda device: name)
+    assert device_module.peak_tflops("cuda:0") == peak
+    assert device_module.peak_tflops("cpu") is None
+
+
+def test_wandb_is_optional_and_its_absence_is_told(tiny_config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        train.main([tiny_config, "--wandb_log"])
+
+
+def test_wandb_is_told_what_metrics_jsonl_is(tiny_config, monkeypatch):
+    told, begun = [], []
+    run = types.SimpleNamespace(log=lambda values, step: told.append({"step": step, **values}))
+    fake = types.SimpleNamespace(init=lambda **options: begun.append(options) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    train.main([tiny_config, "--wandb_log", "--wandb_project=p"])
+    assert told == [json.loads(line) for line in Path("out/tiny/metrics.jsonl").read_text().splitlines()]
+    (options,) = begun
+    assert (options["project"], options["name"]) == ("p", "tiny") and options["config"]["settings"]["wandb_log"]

@@ -1,0 +1,1 @@
+# Measuring speed, and importing checkpoints of other projects.

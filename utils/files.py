@@ -1,0 +1,45 @@
+"""Files that appear whole or not at all, and folders in which one process writes at a time."""
+
+import contextlib
+import os
+
+from utils.settings import UserError
+
+
+@contextlib.contextmanager
+def new_file(path):
+    """A binary file that appears under its name when all of it is written; on an error what was there stays."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Refuse to work in a folder where another process does; the system drops the lock when a process dies.
+
+    The folder is made where it is not there, and removed where it is left empty. Where there are no such
+    locks (Windows, some network file systems), nothing is refused.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as f:
+        try:
+            import fcntl
+
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is at work in {folder}; wait for it, or use another folder") from None
+        except (ImportError, OSError):
+            pass
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows does not delete what is open
+                os.unlink(f.name)
+                os.removedirs(folder)  # it and what it is in, as far as they are empty

@@ -1,0 +1,32 @@
+"""What train.py looks at where training may be unstable."""
+
+import torch
+
+from utils.settings import UserError
+
+
+@torch.no_grad()
+def largest_attention_logit(model, idx):
+    """The largest q k / sqrt(head_size) over layers, heads and pairs of tokens that attention sees; idx (B, T).
+
+    In bf16 with flash attention it is large logits whose rounding errors add up until the loss blows up
+    (arXiv:2510.04212).
+    """
+    T, largest = idx.size(1), torch.full((), -torch.inf, device=idx.device)
+    unseen = torch.ones(T, T, dtype=torch.bool, device=idx.device).triu(1) & model.config.causal
+    x = model.wte(idx) + model.wpe.weight[:T]  # (B, T, d)
+    for block in model.blocks:
+        q, k, _ = block.attn.heads(block.ln_1(x))
+        logits = q @ k.mT / q.size(-1) ** 0.5  # (B, n_head, T, T)
+        largest = torch.maximum(largest, logits.masked_fill(unseen, -torch.inf).max().float())
+        x = block(x)
+    return largest.item()
+
+
+def check_loss_scale(scaler):
+    """float16 alone: a scale that halves and halves means that every step overflows, and is skipped."""
+    if scaler.is_enabled() and scaler.get_scale() < 1:
+        reason = (
+            f"float16: the loss scale fell to {scaler.get_scale():g}, since the gradients of step after step overflow"
+        )
+        raise UserError(f"{reason}; use --dtype=bfloat16 or float32, or a lower learning_rate")
