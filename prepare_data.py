@@ -6,33 +6,30 @@
     text              your own files: --name NAME --input FILE_OR_FOLDER ... --tokenizer gpt2|char|byte
     openwebtext       the corpus of the paper's experiment; --shards 0-3 for a part; see --help
 
-A .bin file is a plain array of token ids; meta.json tells their dtype, number and sha256, the tokenizer
-and the source. A data set appears complete or not at all.
+A .bin file is a plain array of token ids, of which meta.json tells the rest. A data set appears complete or not at all.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
+import platform
 import re
 import shutil
-import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from utils.settings import Parser, UserError, run_program
-from utils.tokenizers import CharTokenizer, load_tokenizer
+from utils.settings import Parser, UserError, checked, run_program
+from utils.tokenizers import load_tokenizer
 
 DATA_DIR = Path("data")
+SMALL = ("stdlib", "shakespeare_char", "shakespeare")  # prepared by train.py on first use
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-
-
-# ---------------------------------------------------------------------------------------------------
-# Reading a data set.
 
 
 class Dataset:
@@ -67,17 +64,12 @@ def prepare_if_small(name):
     if (DATA_DIR / name).exists():
         return
     if name not in SMALL:
-        part = re.fullmatch(r"openwebtext(?:_(\d+(?:-\d+)?))?", name)
         command = f"text --name {name} --input FILE_OR_FOLDER"
-        if part:
-            command = "openwebtext" + (f" --shards {part[1]}" if part[1] else "")
+        if re.fullmatch(r"openwebtext(_[\d-]+)?", name):
+            command = name.replace("_", " --shards ")
         raise UserError(f"there is no data set {DATA_DIR / name}; prepare it: python prepare_data.py {command}")
     print(f"preparing {DATA_DIR / name}", flush=True)
-    SMALL[name]()
-
-
-# ---------------------------------------------------------------------------------------------------
-# Writing a data set.
+    main([name])
 
 
 @dataclass
@@ -97,24 +89,21 @@ def find_documents(folder, pattern="*", skip=()):
     documents = []
     for path in folder.rglob(pattern):
         parts = path.relative_to(folder).parts
-        wanted = not any(part.startswith(".") or part in skip for part in parts)
-        if wanted and path.is_file() and path.stat().st_size:
+        unwanted = any(part.startswith(".") or part in skip for part in parts)
+        if not unwanted and path.is_file() and path.stat().st_size:
             documents.append(Document("/".join(parts), path))
     return documents
 
 
 def split(documents):
-    """Documents -> {"train": documents, "val": documents}, whatever order they come in.
-
-    A single document is cut after 90 % of its bytes, at a character's end. Of several, the tenth whose
-    names have the smallest sha256 are for validation.
-    """
-    if len(documents) == 1:
+    """Documents, in any order -> {"train": documents, "val": documents}."""
+    if len(documents) == 1:  # it is cut after 90 % of its bytes, at a character's end
         name, data = documents[0].name, documents[0].read()
         cut = int(0.9 * len(data))
         while cut < len(data) and data[cut] & 0xC0 == 0x80:  # within a character of UTF-8
             cut += 1
         return {"train": [Document(name, data[:cut])], "val": [Document(name, data[cut:], cut)]}
+    # The tenth whose names have the smallest sha256 are for validation.
     shuffled = sorted(documents, key=lambda doc: (hashlib.sha256(doc.name.encode()).digest(), str(doc.content)))
     n_val = max(1, round(0.1 * len(documents)))
     return {"train": shuffled[n_val:], "val": shuffled[:n_val]}
@@ -125,13 +114,14 @@ def write_dataset(name, documents, tokenizer_kind, source):
     target = DATA_DIR / name
     if target.exists():
         raise UserError(f"{target} exists already; delete it to prepare it anew")
-    if not documents:
-        raise UserError(f"no text for {target}: {source} holds no file with anything in it")
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{name}.{os.getpid()}.tmp")
-    temporary.mkdir()
+    temporary.mkdir(parents=True)
     try:
-        tokenizer = make_tokenizer(tokenizer_kind, documents)
+        spec = {"kind": tokenizer_kind, "has_eot": len(documents) > 1}  # one document alone needs no separator
+        if tokenizer_kind == "char":
+            texts = (encode(doc, doc.read(), bytes.decode) for doc in documents)
+            spec["chars"] = "".join(sorted(set(itertools.chain.from_iterable(texts))))
+        tokenizer = load_tokenizer(spec)
         dtype = next(t for t in ("uint8", "uint16", "uint32") if tokenizer.vocab_size - 1 <= np.iinfo(t).max)
         meta = {"source": source, "tokenizer": tokenizer.spec, "vocab_size": tokenizer.vocab_size, "dtype": dtype}
         for part, part_documents in split(documents).items():
@@ -142,19 +132,7 @@ def write_dataset(name, documents, tokenizer_kind, source):
         os.rename(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    counts = ", ".join(f"{meta[part]['tokens']:,} {part}" for part in ("train", "val"))
-    print(f"{target}: {counts} tokens; vocabulary {tokenizer.vocab_size:,}; from {source}")
-
-
-def make_tokenizer(kind, documents):
-    """The tokenizer for some documents; they need no separator where there is one alone."""
-    has_eot = len(documents) > 1
-    if kind != "char":
-        return load_tokenizer({"kind": kind, "has_eot": has_eot})
-    chars = set()
-    for doc in documents:
-        chars |= set(encode(doc, doc.read(), bytes.decode))
-    return CharTokenizer("".join(sorted(chars)), has_eot)
+    print(f"{target}: {meta['train']['tokens']:,} train, {meta['val']['tokens']:,} val tokens from {source}")
 
 
 def write_split(path, documents, tokenizer, dtype):
@@ -166,9 +144,8 @@ def write_split(path, documents, tokenizer, dtype):
             ids = encode(doc, data, tokenizer.encode)
             if tokenizer.eot is not None:
                 ids = np.append(ids, np.uint32(tokenizer.eot))
-            array = ids.astype(dtype).tobytes()
-            f.write(array)
-            sha256.update(array)
+            f.write(ids.astype(dtype))
+            sha256.update(ids.astype(dtype))
             tokens += len(ids)
             text_bytes += len(data)
     return {"documents": len(documents), "tokens": tokens, "text_bytes": text_bytes, "sha256": sha256.hexdigest()}
@@ -183,49 +160,31 @@ def encode(doc, data, encoder):
         raise UserError(f"{doc.name} is not UTF-8 text ({where}); --tokenizer byte takes any file") from None
 
 
-# ---------------------------------------------------------------------------------------------------
-# The data sets.
-
-
 def stdlib():
-    folder = Path(sysconfig.get_path("stdlib"))
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-    version = ".".join(map(str, sys.version_info[:3]))
-    write_dataset("stdlib", find_documents(folder, "*.py", skip), "byte", f"Python {version}'s standard library")
+    documents = find_documents(Path(sysconfig.get_path("stdlib")), "*.py", skip)
+    write_dataset("stdlib", documents, "byte", f"Python {platform.python_version()}'s standard library")
 
 
-def shakespeare(tokenizer_kind, file=None):
+def shakespeare(name, file=None):
     """Tiny Shakespeare from its address, or from a copy of it; checked either way."""
+    import requests  # which the others can do without
+
+    place, hint = file or SHAKESPEARE_URL, "fetch it elsewhere and name the file with --input"
     try:
-        text = Path(file).read_bytes() if file else download(SHAKESPEARE_URL)
-    except OSError as e:
-        raise UserError(f"--input {file}: {e.strerror}") from None
-    found, place = hashlib.sha256(text).hexdigest(), file or SHAKESPEARE_URL
-    if found != SHAKESPEARE_SHA256:
-        what = f"{len(text):,} bytes with sha256 {found}, not {SHAKESPEARE_SHA256}"
-        raise UserError(f"{place} is not tiny Shakespeare: {what}")
-    name = "shakespeare_char" if tokenizer_kind == "char" else "shakespeare"
+        text = Path(file).read_bytes() if file else requests.get(SHAKESPEARE_URL, timeout=30).content
+    except OSError as e:  # requests' exceptions, too
+        raise UserError(f"could not fetch {place} ({type(e).__name__}); {hint}") from None
+    if (found := hashlib.sha256(text).hexdigest()) != SHAKESPEARE_SHA256:
+        raise UserError(f"{place} is not tiny Shakespeare: its sha256 is {found}, not {SHAKESPEARE_SHA256}; {hint}")
+    tokenizer_kind = "char" if name == "shakespeare_char" else "gpt2"
     write_dataset(name, [Document("input.txt", text)], tokenizer_kind, SHAKESPEARE_URL)
 
 
-def download(url):
-    import requests
-
-    try:
-        answer = requests.get(url, timeout=30)
-        answer.raise_for_status()
-    except requests.RequestException as e:
-        what_to_do = "fetch it elsewhere and name the file with --input"
-        raise UserError(f"could not fetch {url} ({type(e).__name__}); {what_to_do}") from None
-    return answer.content
-
-
 def text(name, inputs, tokenizer_kind):
-    """Files and folders of one's own; what is named must exist and hold something."""
+    """Files and folders of one's own."""
     documents = []
     for path in map(Path, inputs):
-        if not path.exists():
-            raise UserError(f"--input {path} does not exist")
         found = find_documents(path) if path.is_dir() else [Document(path.name, path)]
         if not found or not path.stat().st_size:
             raise UserError(f"--input {path} is empty")
@@ -235,17 +194,6 @@ def text(name, inputs, tokenizer_kind):
     write_dataset(name, documents, tokenizer_kind, ", ".join(map(str, inputs)))
 
 
-SMALL = {  # prepared by train.py on first use
-    "stdlib": stdlib,
-    "shakespeare_char": lambda: shakespeare("char"),
-    "shakespeare": lambda: shakespeare("gpt2"),
-}
-
-
-# ---------------------------------------------------------------------------------------------------
-# The command line.
-
-
 def read_options(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     datasets = parser.add_subparsers(dest="dataset", metavar="NAME", required=True)
@@ -253,38 +201,26 @@ def read_options(argv):
     for name in ("shakespeare_char", "shakespeare"):
         datasets.add_parser(name).add_argument("--input", help="a copy of the text, where there is no network")
     own = datasets.add_parser("text")
-    name = matching(r"\w[\w.-]*", "is not a plain folder name")
+    name = checked(str, re.compile(r"\w[\w.-]*").fullmatch, "is not a plain folder name")
     own.add_argument("--name", type=name, required=True, help="of the data set, a folder in data/")
     own.add_argument("--input", nargs="+", required=True, help="files or folders")
     own.add_argument("--tokenizer", choices=["gpt2", "char", "byte"], default="gpt2")
     corpus = datasets.add_parser("openwebtext")
     corpus.add_argument("--shards", type=shard_range, default="0-20", help="0 to 20, or 0-3: a part of the corpus")
     place = corpus.add_mutually_exclusive_group()
-    address = matching("https?://.*", "must begin with http:// or https://")
+    address = checked(str, re.compile("https?://").match, "must begin with http:// or https://")
     place.add_argument("--mirror", type=address, help="ask there instead of https://huggingface.co")
-    place.add_argument("--source", type=matching(".+", "is no folder"), help="folder that holds the archives")
+    place.add_argument("--source", type=checked(str, len, "is no folder"), help="folder that holds the archives")
     corpus.add_argument("--keep", action="store_true", help="keep the downloaded archives")
     return parser.parse_args(argv)
 
 
-def matching(pattern, problem):
-    """A type for argparse: a text that matches a regular expression."""
-
-    def check(text):
-        if not re.fullmatch(pattern, text):
-            raise argparse.ArgumentTypeError(f"{text!r} {problem}")
-        return text
-
-    return check
-
-
 def shard_range(text):
     """ "0-3" -> range(0, 4)"""
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
-    first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, -1)
-    if not first <= last <= 20:
+    first, _, last = text.partition("-")
+    if not (first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first) <= 20):
         raise argparse.ArgumentTypeError(f"{text} is neither a number from 0 to 20 nor a range like 0-3")
-    return range(first, last + 1)
+    return range(int(first), int(last or first) + 1)
 
 
 def main(argv=None):
@@ -298,7 +234,7 @@ def main(argv=None):
 
         openwebtext.prepare(DATA_DIR, options.shards, options.mirror, options.source, options.keep)
     else:
-        shakespeare("char" if options.dataset == "shakespeare_char" else "gpt2", options.input)
+        shakespeare(options.dataset, options.input)
 
 
 if __name__ == "__main__":

@@ -9,58 +9,45 @@ import torch
 from model import GPT, GPTConfig
 
 
-def two_models(shared):
-    """A model with large random weights, so that its queries matter, and one that has all of them but W_Q."""
-    shape = {"n_layer": 3, "n_head": 4, "n_embd": 64, "block_size": 32, "vocab_size": 50, "tie_weights": False}
-    linear, identity = (GPT(GPTConfig(query_mode=mode, **shape)).double() for mode in ("linear", "identity"))
-    for parameter in linear.parameters():
-        torch.nn.init.normal_(parameter, std=1.5 * parameter.size(-1) ** -0.5)
-    if shared:  # one W_Q for all layers
-        for block in linear.blocks:
-            block.attn.query.load_state_dict(linear.blocks[0].attn.query.state_dict())
-    identity.load_state_dict(linear.state_dict(), strict=False)
-    return linear, identity
-
-
 def absorb(linear, identity):
-    """Give x of each layer the basis theta = W_Q of that layer; what writes x, and what reads it, takes it up."""
+    """Give x of each layer the basis theta = W_Q of that layer, which the weights before and after it take up."""
+    identity.load_state_dict(linear.state_dict(), strict=False)
     thetas = [2 * block.attn.query.w_q.weight.T for block in linear.blocks]  # 2, because the identity query is x / 2
-    written = [(weight, thetas[0]) for weight in (identity.wte.weight, identity.wpe.weight)]
-    read = [(identity.lm_head.weight.T, thetas[-1])]
+    for written in (identity.wte.weight, identity.wpe.weight):
+        written.copy_(written @ thetas[0])
     for block, theta, next_theta in zip(identity.blocks, thetas, [*thetas[1:], thetas[-1]]):
-        read += [(block.attn.key_value.weight.T, theta), (block.mlp.c_fc.weight.T, theta)]
-        written += [(block.attn.c_proj.weight.T, theta), (block.mlp.c_proj.weight.T, next_theta)]
-    for weight, theta in written:
-        weight.copy_(weight @ theta)
-    for weight, theta in read:
-        weight.copy_(theta.inverse() @ weight)
+        for read in (block.attn.key_value.weight, block.mlp.c_fc.weight):
+            read.copy_(read @ theta.inverse().T)
+        block.attn.c_proj.weight.copy_(theta.T @ block.attn.c_proj.weight)
+        block.mlp.c_proj.weight.copy_(next_theta.T @ block.mlp.c_proj.weight)
+    identity.lm_head.weight.copy_(identity.lm_head.weight @ thetas[-1].inverse().T)
 
 
-def logits(model, idx, skips):
-    """The model's own attention and MLP, without LayerNorms."""
+def logits(model, idx, skips, norms):
     x = model.wte(idx) + model.wpe.weight[: idx.size(1)]
     for block in model.blocks:
-        for layer in (block.attn, block.mlp):
-            x = x + layer(x) if skips else layer(x)
-    return model.lm_head(x)
-
-
-def tell(what, a, b):
-    difference = (a - b).abs().max() / a.abs().max()
-    print(f"{what}: {'exact' if difference < 1e-10 else 'not exact'}, off by {difference:.1g} times the largest logit")
+        for layer, norm in ((block.attn, block.ln_1), (block.mlp, block.ln_2)):
+            y = layer(norm(x) if norms else x)
+            x = x + y if skips else y
+    return model.lm_head(model.ln_f(x) if norms else x)
 
 
 @torch.no_grad()
 def main():
-    torch.manual_seed(0)
-    idx = torch.randint(50, (2, 32))
-    linear, identity = two_models(shared=False)
-    absorb(linear, identity)
-    tell("without norms, skips and a tied head", logits(linear, idx, skips=False), logits(identity, idx, skips=False))
-    linear, identity = two_models(shared=True)
-    absorb(linear, identity)
-    tell("with skips, one W_Q for all layers", logits(linear, idx, skips=True), logits(identity, idx, skips=True))
-    tell("the same with LayerNorms", linear(idx)[0], identity(idx)[0])
+    torch.manual_seed(1)
+    idx, shape = torch.randint(50, (2, 32)), {"n_layer": 3, "n_head": 4, "n_embd": 64, "tie_weights": False}
+    linear, identity = (GPT(GPTConfig(32, 50, query_mode=mode, **shape)).double() for mode in ("linear", "identity"))
+    for parameter in linear.parameters():  # large, so that the queries matter
+        torch.nn.init.normal_(parameter, std=1.5 * parameter.size(-1) ** -0.5)
+    cases = {"without norms, skips and a tied head": (False, False)}
+    cases |= {"with skips, one W_Q for all layers": (True, False), "the same with LayerNorms": (True, True)}
+    for what, (skips, norms) in cases.items():
+        absorb(linear, identity)
+        a, b = logits(linear, idx, skips, norms), logits(identity, idx, skips, norms)
+        off = (a - b).abs().max() / a.abs().max()
+        print(f"{what}: {'exact' if off < 1e-10 else 'not exact'}, off by {off:.1g} times the largest logit")
+        for block in linear.blocks:  # from the second case on
+            block.attn.query = linear.blocks[0].attn.query
 
 
 if __name__ == "__main__":

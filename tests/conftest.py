@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import prepare_data
+import train
+
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"  # real data for tests, where it exists
 
@@ -23,11 +26,7 @@ def one_folder_for_each_test(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tiny_data():
-    """data/tiny: some thousand characters."""
-    import prepare_data
-
-    Path("tiny.txt").write_text(TEXT, encoding="utf-8")
-    prepare_data.main(["text", "--name=tiny", "--input", "tiny.txt", "--tokenizer=char"])
+    prepare_tiny()
 
 
 @pytest.fixture
@@ -45,6 +44,13 @@ def tiny_config(tiny_data):
 
 
 @pytest.fixture
+def whole_run(tiny_config):
+    """out/tiny: what training with tiny.py leaves."""
+    assert train.main([tiny_config]) == 0
+    return "out/tiny"
+
+
+@pytest.fixture
 def gpt2_vocabulary(monkeypatch):
     """GPT-2's vocabulary without the network."""
     if not (SHARED / "tiktoken_cache").is_dir():
@@ -52,13 +58,28 @@ def gpt2_vocabulary(monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
 
 
+def start(program, *arguments, environment=None, **options):
+    """Start a program, of the project or in the current folder -> Popen with its text output."""
+    path = ROOT / program if (ROOT / program).exists() else program
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1", **(environment or {})}
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8", "env": environment}
+    return subprocess.Popen([sys.executable, path, *map(str, arguments)], **options)
+
+
 def run(program, *arguments, **options):
-    """Run a program of the project in the current folder -> CompletedProcess with its text output."""
-    command = [sys.executable, str(ROOT / program), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, capture_output=True, text=True, encoding="utf-8", env=environment, timeout=170, **options
-    )
+    """Run a program to its end -> CompletedProcess."""
+    with start(program, *arguments, **options) as process:
+        try:
+            output = process.communicate(timeout=170)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, *output)
+
+
+def prepare_tiny(text=TEXT):
+    """data/tiny: some thousand characters."""
+    Path("tiny.txt").write_text(text, encoding="utf-8")
+    prepare_data.main(["text", "--name=tiny", "--input", "tiny.txt", "--tokenizer=char"])
 
 
 def metrics(folder, key):

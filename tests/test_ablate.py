@@ -2,11 +2,9 @@
 
 import json
 import math
-import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,12 +12,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, prepare_tiny, start
 
-import prepare_data
 import train
-from study import ablate, pictures, plan, redundancy, report
-from study.grid import Grid
+from study import ablate, plan, redundancy
 from study.plan import Run, Study
 from utils.settings import UserError
 
@@ -32,17 +28,14 @@ eval_interval, eval_tokens, log_interval = 4, 200, 3
 """
 
 
-def start(*arguments, **options):
+def start_grid(*arguments, **options):
     """study.ablate as a process in the current folder."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-m", "study.ablate", *arguments], env=environment, **pipes, **options)
+    return start("-m", "study.ablate", *arguments, environment={"PYTHONPATH": str(ROOT)}, **options)
 
 
 def write_tiny(seed=0):
     """A data set of letters and tiny.py, which trains on it in a second."""
-    Path("tiny.txt").write_text("".join(np.random.default_rng(seed).choice(list("abc \n"), 4000)))
-    prepare_data.main(["text", "--name=tiny", "--input", "tiny.txt", "--tokenizer=char"])
+    prepare_tiny("".join(np.random.default_rng(seed).choice(list("abc \n"), 4000)))
     Path("tiny.py").write_text(TINY)
 
 
@@ -61,17 +54,22 @@ def files():
     return {path: path.is_file() and path.read_bytes() for path in Path("r").rglob("*")}
 
 
-LEFT = {Path("r", name) for name in ("runs.jsonl", "study.json", "report.md", "rates.svg", "curves.svg")}
+LEFT = {Path("r", name) for name in ("runs.jsonl", "study.json", "report.md", "rates.svg")}
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def report():
+    return pytest.importorskip("study.report", reason="needs scipy and matplotlib")
+
+
+@pytest.fixture(scope="module")
+def finished(report, tmp_path_factory):
     """A folder in which a grid of two arms, two rates, of which one diverges, and two seeds was run."""
     folder = tmp_path_factory.mktemp("grid")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         write_tiny()
-    process = start(*GRID, cwd=folder)
+    process = start_grid(*GRID, cwd=folder)
     output, errors = process.communicate(timeout=170)
     assert process.returncode == 0 and not errors and len(output.splitlines()) >= 9 and "; 0 to go" in output, output
     return folder
@@ -85,13 +83,14 @@ def grid(finished):
 
 def test_a_grid_is_complete(grid):
     assert len(records()) == 8 and files().keys() <= LEFT
-    for arm, seed in (("linear", 1), ("linear", 2), ("nonlinear", 1), ("nonlinear", 2)):
-        good, bad = (records()[f"{arm}-lr{rate}-seed{seed}"] for rate in ("0.01", "1e+30"))
-        for line, rate in ((good, 0.01), (bad, 1e30)):
-            settings, model = line["config"]["settings"], line["config"]["model"]
-            assert (model["query_mode"], settings["learning_rate"], settings["seed"]) == (arm, rate, seed)
-        assert [step for step, _, _ in good["curve"]] == [1, 3, 6, 9, 12] and good["summary"]["steps"] == 12
-        assert all(1 < loss < 2 and norm > 0 for _, loss, norm in good["curve"]) and bad["summary"] is None
+    for name, line in records().items():
+        settings, model = line["config"]["settings"], line["config"]["model"]
+        assert name == f"{model['query_mode']}-lr{settings['learning_rate']:g}-seed{settings['seed']}"
+        if settings["learning_rate"] == 1e30:
+            assert line["summary"] is None
+        else:
+            assert [step for step, _, _ in line["curve"]] == [1, 3, 6, 9, 12] and line["summary"]["steps"] == 12
+            assert all(1 < loss < 2 and norm > 0 for _, loss, norm in line["curve"])
 
 
 def test_the_report_of_a_grid(grid):
@@ -105,7 +104,7 @@ def test_the_report_of_a_grid(grid):
         assert f"| {arm} | **{x.mean():.4f} (2)** | 2 diverged (2) |\n" in text
 
 
-def test_the_same_command_runs_nothing_again_and_a_dry_run_nothing_at_all(grid, capsys):
+def test_the_same_command_runs_nothing_again_and_a_dry_run_measures_only(grid, capsys):
     before = files()
     assert ablate.main(GRID) == 0 and files() == before and "val loss" not in capsys.readouterr().out
     assert ablate.main([*GRID[:3], "--seed=1,2,3", *GRID[4:], "--dry-run"]) == 0 and files() == before
@@ -113,13 +112,16 @@ def test_the_same_command_runs_nothing_again_and_a_dry_run_nothing_at_all(grid, 
     assert sum("to run" in line for line in lines) == 4 and sum("diverged" in line for line in lines) == 4
     # d = 16, r = 8: 2 * 16 * 8 weights and two gains of 16 against 16 * 16 weights
     assert all(f"{256 if line.startswith('linear') else 288:11,}" in line for line in lines[1:13])
-    assert lines[-1].startswith("4 to go, ") and lines[-1].endswith("each, 2 at a time")
+    assert re.fullmatch(r"4 to go, \d+:\d\d, \d+:\d\d each, 2 at a time", lines[-1])
 
 
-@pytest.mark.slow
-def test_a_dry_run_measures_where_nothing_is_known(grid, capsys):
-    assert ablate.main([*GRID[:-1], "--out=never", "--dry-run"]) == 0
-    assert re.search("8 to go, .* each, 2 at a time", capsys.readouterr().out) and not Path("never").exists()
+def test_what_the_report_needs_is_asked_for_before_the_first_run(monkeypatch):
+    write_tiny()
+    monkeypatch.delattr("study.report", raising=False)
+    monkeypatch.setitem(sys.modules, "study.report", None)
+    with pytest.raises(UserError, match="pip install scipy matplotlib"):
+        ablate.main(GRID)
+    assert not Path("r").exists()
 
 
 CHANGES = ["max_iters was 12, now is 13", "weight_decay was 0.1, now is 0.5", "mlp_hidden was 64, now is 99"]
@@ -142,8 +144,9 @@ def test_runs_of_other_settings_or_data_are_refused(change, dry, grid):
 def train_run(arm, seed, *flags, folder="r"):
     """A run of the grid by hand -> its folder."""
     out_dir = Path(folder, f"{arm}-lr0.01-seed{seed}")
-    arguments = [f"--query_mode={arm}", f"--seed={seed}", "--learning_rate=1e-2", f"--out_dir={out_dir}"]
-    train.main(["tiny.py", *arguments, *flags])
+    train.main(
+        ["tiny.py", f"--query_mode={arm}", f"--seed={seed}", "--learning_rate=1e-2", f"--out_dir={out_dir}", *flags]
+    )
     return out_dir
 
 
@@ -181,7 +184,7 @@ def test_a_grid_that_was_killed_anywhere_ends_as_if_it_had_not_been(grid):
     early.mkdir()
     (early / "config.json").write_text(config.replace('"seed": 1', '"seed": 2'))
     Path("r/.runs.jsonl.tmp").write_text("{")  # killed while it wrote a record
-    process = start(*GRID)
+    process = start_grid(*GRID)
     output, errors = process.communicate(timeout=170)
     assert process.returncode == 0 and output.count("val loss") == 3, output + errors
     assert losses() == pytest.approx(undisturbed, rel=1e-6) and len(records()) == 8  # threads change the rounding
@@ -195,7 +198,7 @@ def test_a_run_that_fails_stops_the_grid_with_its_last_words(grid):
         folder = train_run("linear", seed)
         (folder / "summary.json").unlink()
         (folder / "ckpt.pt").write_bytes(b"garbage")
-    process = start(*GRID)
+    process = start_grid(*GRID)
     (line,) = process.communicate(timeout=170)[1].splitlines()
     assert re.match(r"ablate.py: (linear-lr0.01-seed[12]): .*r/\1/ckpt.pt cannot be read.* \(r/\1/log.txt tells", line)
     assert process.returncode == 1 and "cannot be read" in Path("r/linear-lr0.01-seed1/log.txt").read_text()
@@ -206,7 +209,7 @@ def test_a_run_that_fails_stops_the_grid_with_its_last_words(grid):
 def test_a_grid_that_is_killed_goes_on_where_it_was(number):
     write_tiny()
     longer = ["--max_iters=400", "--lr_decay_iters=400", "--eval_interval=50"]
-    process, second = start(*GRID, *longer), Path("r/linear-lr0.01-seed2/ckpt.pt")  # seed 1 beside it
+    process, second = start_grid(*GRID, *longer), Path("r/linear-lr0.01-seed2/ckpt.pt")  # seed 1 beside it
     while not second.exists():
         assert process.poll() is None
         time.sleep(0.02)
@@ -214,7 +217,7 @@ def test_a_grid_that_is_killed_goes_on_where_it_was(number):
     process.communicate(timeout=60)
     assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 128 + signal.SIGTERM)
     before = records() if Path("r/runs.jsonl").exists() else {}
-    again = start(*GRID, *longer)
+    again = start_grid(*GRID, *longer)
     again.communicate(timeout=170)
     assert again.returncode == 0 and len(before) < 4 and len(records()) == 8 and len(losses()) == 4
     assert files().keys() <= LEFT and all(records()[name] == before[name] for name in before)
@@ -230,9 +233,13 @@ def record(loss):
     return {"config": {}, "curve": [], "summary": {"final_val_loss": loss} if math.isfinite(loss) else None}
 
 
+def empty_study(arms, rates, tuning, seeds, devices=("cpu",)):
+    return Study("c.py", {arm: {} for arm in arms}, list(rates), list(tuning), list(seeds), Path("r"), list(devices))
+
+
 def tuned(loss, first=(4e-3, 8e-3), tuning=(1, 2), seeds=(3, 4), arms="ab"):
     """Run the search where the loss of a run is known -> Study."""
-    study = Study("c.py", {arm: {} for arm in arms}, list(first), list(tuning), list(seeds), Path("r"))
+    study = empty_study(arms, first, tuning, seeds)
     while todo := [run for run in study.runs() if run not in study.records]:
         assert study.to_go() >= len(todo)
         study.records[todo[0]] = record(loss(todo[0]))
@@ -251,8 +258,11 @@ def bowl(**best):
 
 
 def seeds_by_rate(study, arm):
-    rates = sorted({run.learning_rate for run in study.records if run.arm == arm})
-    return {rate: sorted(r.seed for r in study.records if r.arm == arm and r.learning_rate == rate) for rate in rates}
+    found = {}
+    for run in sorted(study.records):
+        if run.arm == arm:
+            found.setdefault(run.learning_rate, []).append(run.seed)
+    return found
 
 
 def test_tuning_brackets_each_arm_and_measures_at_its_best():
@@ -278,7 +288,7 @@ def test_a_rate_that_was_lucky_is_overtaken_and_one_that_was_tried_is_not_forgot
 def test_finished_runs_are_found_again_and_those_of_others_are_not():
     study, others = tuned(bowl(a=1e-3, b=3e-2)), [Run("a", 4e-3, 9), Run("c", 4e-3, 1)]
     study.folder.mkdir()
-    again, expected = Study(**{**vars(study), "records": {}}), dict(study.records)
+    again, expected = empty_study("ab", [4e-3, 8e-3], [1, 2], [3, 4]), dict(study.records)
     for run in [*others, *sorted(expected, reverse=True)]:
         study.add(run, expected.get(run, record(0.5)))
     again.read()
@@ -288,30 +298,28 @@ def test_finished_runs_are_found_again_and_those_of_others_are_not():
 @pytest.mark.parametrize("devices", [["cpu"], ["cpu", "cpu", "cpu"]])
 def test_a_device_waits_for_what_only_others_can_tell(devices, monkeypatch):
     """The whole of a tuned grid, where a run takes no time."""
-    loss, ended = bowl(a=1e-3, b=3e-2), SimpleNamespace(wait=lambda: 0, is_alive=lambda: False)
+    study, loss = empty_study("ab", [4e-3, 8e-3], [1, 2], [3, 4], devices), bowl(a=1e-3, b=3e-2)
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    monkeypatch.setattr(Grid, "start", lambda *_: (ended, ended))
-    monkeypatch.setattr(Grid, "end", lambda grid, run, *_: grid.study.records.update({run: record(loss(run))}))
-    grid = Grid(Study("c.py", {"a": {}, "b": {}}, [4e-3, 8e-3], [1, 2], [3, 4], Path("r")), devices)
-    assert grid.go() == 0 and grid.failure is None and grid.study.records == tuned(loss).records
+    monkeypatch.setattr(plan, "start", lambda *_: SimpleNamespace(poll=lambda: 0, returncode=0))
+    monkeypatch.setattr(plan, "end", lambda study, run, _: study.records.update({run: record(loss(run))}))
+    assert plan.go(study) == 0 and study.records == tuned(loss).records
 
 
 # The statistics and the report.
 
 
-def test_the_paired_difference_by_hand():
-    # pairs of seeds 1, 3 and 4: differences -0.01, -0.02, -0.03; mean -0.02, deviation 0.01
-    pair = {1: 1.99, 3: 2.08, 4: 2.17, 5: 9.0}, {1: 2.0, 2: 9.0, 3: 2.1, 4: 2.2}
-    assert report.paired_difference(*pair) == pytest.approx((-0.02, 4.3027 * 0.01 / 3**0.5, 2.1), rel=1e-4)
-    assert report.difference_words((-0.02, 0.024841, 2.1)) == ["-0.95 % [-2.14, +0.23]", "-1.98 % [-4.39, +0.49]"]
-    assert math.isnan(report.paired_difference({1: 2.0}, {1: 2.1})[1])
-    assert report.paired_difference({1: 2.0}, {2: 2.1}) is None and report.difference_words(None) == ["", ""]
+def test_the_paired_difference_by_hand(report):
+    # pairs of seeds 1, 3 and 4: differences -0.01, -0.02, -0.03; mean -0.02 of 2.1, deviation 0.01, and half the
+    # interval is 4.3027 * 0.01 / sqrt(3) = 0.024841
+    found = report.differences({1: 1.99, 3: 2.08, 4: 2.17, 5: 9.0}, {1: 2.0, 2: 9.0, 3: 2.1, 4: 2.2})
+    assert found == ["-0.95 % [-2.14, +0.23]", "-1.98 % [-4.39, +0.49]"]
+    assert report.differences({1: 2.0}, {1: 2.1}) == ["-4.76 %", "-9.52 %"]
+    assert report.differences({1: 2.0}, {2: 2.1}) == ["", ""]
 
 
 def invented(losses, tuning=(), seeds=(1, 2, 3)):
     """Runs that never were: {(arm, rate, seed): loss} -> Study."""
-    arms, rates = {arm: {} for arm, _, _ in losses}, sorted({rate for _, rate, _ in losses})
-    study = Study("c.py", arms, rates, list(tuning), list(seeds), Path("r"))
+    study = empty_study((arm for arm, _, _ in losses), sorted({rate for _, rate, _ in losses}), tuning, seeds)
     settings = {"max_iters": 2, "batch_size": 1, "gradient_accumulation_steps": 1, "dtype": "float32"}
     config = {"settings": settings, "model": {"block_size": 8, "n_layer": 1, "n_embd": 8, "n_head": 1}}
     config |= {"data": {"source": "nowhere"}, "versions": {"torch": "2"}, "device": "cpu", "commit": None}
@@ -320,12 +328,10 @@ def invented(losses, tuning=(), seeds=(1, 2, 3)):
         study.records[Run(*key)] = {**record(loss), "config": config, "curve": [[1, loss + 1, 1.0], [2, loss, 1.0]]}
         if loss < math.inf:
             study.records[Run(*key)]["summary"]["tokens_per_second"] = 100 + number
-    Path("r").mkdir()
-    Path("r/study.json").write_text('{"command": "python -m study.ablate c.py"}')
     return study
 
 
-def test_tuning_seeds_choose_and_the_others_measure():
+def test_tuning_seeds_choose_and_the_others_measure(report):
     found = {("a", 0.1, 1): 2.0, ("a", 0.2, 1): 1.7, ("a", 0.4, 1): math.inf}
     found |= {("b", 0.1, 1): 1.9, ("b", 0.2, 1): 1.6, ("b", 0.4, 1): 1.5, ("b", 0.4, 2): math.inf}
     found |= {("a", 0.2, 2): 1.8, ("a", 0.2, 3): 1.9, ("b", 0.2, 2): 1.8, ("b", 0.2, 3): 1.65}
@@ -338,7 +344,7 @@ def test_tuning_seeds_choose_and_the_others_measure():
     assert "| a | 1.9000 | 2.2000 |\n| b | 1.6500 |  |" in report.seed_table(study)
 
 
-def test_a_full_grid_chooses_by_the_mean_over_all_seeds():
+def test_a_full_grid_chooses_by_the_mean_over_all_seeds(report):
     rates = {0.1: (1, 3, 2), 0.2: (2, 1.5, 2.2), 0.4: (1, 1)}  # the last is not finished
     found = {("a", rate, seed): loss for rate, row in rates.items() for seed, loss in enumerate(row, 1)}
     study = invented(found | {("b", 0.1, 1): 0.5, ("b", 0.1, 2): math.inf, ("b", 0.1, 3): 0.5})
@@ -347,28 +353,15 @@ def test_a_full_grid_chooses_by_the_mean_over_all_seeds():
     assert "| 0.2, not bracketed |" in a and b.endswith("| 1 |  |  |  |  | 1.05 | 1 of 3 |")  # b has no good rate
 
 
-def test_pictures_show_the_best_rates_and_are_the_same_each_time():
-    figure = pytest.importorskip("matplotlib.figure").Figure()
+def test_the_picture_shows_the_best_rates_and_is_the_same_each_time(report):
     found = {(arm, rate, seed): 2 + 0.1 * seed - rate for arm in "ab" for rate in (0.1, 0.2) for seed in (1, 2, 3)}
     study = invented(found | {("b", 0.2, 3): math.inf, ("b", 0.4, 1): 9.0, ("b", 0.4, 2): 9.0, ("b", 0.4, 3): 9.0})
-    report.write(study)
+    study.folder.mkdir()
+    report.write(study, "command")
     first = files()
-    report.write(study)
-    assert files() == first and all(first[Path(f"r/{name}.svg")].startswith(b"<?xml") for name in ("rates", "curves"))
-    assert "![rates](rates.svg)" in first[Path("r/report.md")].decode()
-    pictures.draw_rates(study, figure.subplots())
-    low, high = figure.axes[0].get_ylim()
+    low, high = report.draw(study).axes[0].get_ylim()
+    assert files() == first and first[Path("r/rates.svg")].startswith(b"<?xml")
     assert low < 2 and 2.1 < high < 3  # the means at the best rates are 2.0 and 2.1, at the worst 9
-
-
-def test_without_matplotlib_and_scipy_there_is_a_report_and_a_line_for_each(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(report, "students_t", None)
-    report.write(invented({(arm, 0.1, seed): float(seed) for arm in "ab" for seed in (1, 2)}, seeds=[1, 2]))
-    scipy, matplotlib, _ = capsys.readouterr().out.splitlines()
-    assert scipy.endswith("(pip install scipy)") and matplotlib.endswith("(pip install matplotlib)")
-    text = Path("r/report.md").read_text()
-    assert "| +0.00 % | +0.00 % |" in text and "intervals are left out" in text and "rates.svg" not in text
 
 
 # What is published.
@@ -376,9 +369,10 @@ def test_without_matplotlib_and_scipy_there_is_a_report_and_a_line_for_each(monk
 PUBLISHED = ROOT / "study" / "results" / "stdlib_cpu"
 
 
-def test_the_published_tables_are_those_of_the_records():
+def test_the_published_tables_are_those_of_the_records(report):
     told = json.loads((PUBLISHED / "study.json").read_text())
-    study = Study(*(told[key] for key in ("config", "arms", "learning_rates", "tuning_seeds", "seeds")), PUBLISHED)
+    del told["command"]
+    study = Study(**told, folder=PUBLISHED, devices=["cpu"])
     study.read()
     assert len(study.records) == 50 and study.to_go() == 0
     for text in ((PUBLISHED / "report.md").read_text("utf-8"), (ROOT / "study/README.md").read_text("utf-8")):
@@ -387,33 +381,31 @@ def test_the_published_tables_are_those_of_the_records():
 
 def test_every_number_of_the_published_main_table_computed_anew():
     """From nothing but the lines of runs.jsonl, with numpy and scipy."""
-    stats, rows, measured, speeds = pytest.importorskip("scipy.stats"), [], {}, {}
-    told = json.loads((PUBLISHED / "study.json").read_text())
+    stats, measured, speeds = pytest.importorskip("scipy.stats"), {}, {}
+    told, text = json.loads((PUBLISHED / "study.json").read_text()), (PUBLISHED / "report.md").read_text("utf-8")
     for arm in told["arms"]:
         lines = [line for line in records(PUBLISHED).values() if line["arm"] == arm]
         loss = {(line["learning_rate"], line["seed"]): line["summary"]["final_val_loss"] for line in lines}
         rates = sorted({rate for rate, _ in loss})
         means = [np.mean([loss[rate, seed] for seed in told["tuning_seeds"] if (rate, seed) in loss]) for rate in rates]
         best = rates[np.argmin(means)]
-        assert rates[0] < best < rates[-1]
         x = measured[arm] = np.array([loss[best, seed] for seed in told["seeds"]])
         speeds[arm] = np.median([line["summary"]["tokens_per_second"] for line in lines])
-        (counts,) = {tuple(line["config"]["parameters"].values()) for line in lines}
-        row = [arm, *(f"{count:,}" for count in counts), f"{best:g}"]
+        row = [arm, *(f"{count:,}" for count in lines[0]["config"]["parameters"].values()), f"{best:g}"]
         row += [f"{x.mean():.4f} ± {x.std(ddof=1):.4f} (n = {len(x)})", "", ""]
         if arm != "linear":
             base = measured["linear"]
             three = np.array([(x - base).mean(), *stats.ttest_rel(x, base).confidence_interval(0.95)])
             percent = 100 * three / base.mean(), 100 * np.expm1(three)
             row[-2:] = ["{:+.2f} % [{:+.2f}, {:+.2f}]".format(*values) for values in percent]
-        rows.append(f"| {' | '.join(row)} | {speeds[arm] / speeds['linear']:.2f} | 0 of {len(lines)} |")
-    assert len(rows) == 6 and "\n".join(rows) in (PUBLISHED / "report.md").read_text("utf-8")
+        assert rates[0] < best < rates[-1]
+        assert f"\n| {' | '.join(row)} | {speeds[arm] / speeds['linear']:.2f} | 0 of {len(lines)} |\n" in text
 
 
-def test_the_redundancy_in_numbers(capsys):
+def test_the_redundancy_in_numbers(monkeypatch, capsys):
     redundancy.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert [": exact, " in line for line in lines] == [True, True, False] and ": not exact, " in lines[2]
-    linear, identity = redundancy.two_models(shared=False)  # W_Q does something where nothing absorbs it
-    a, b = (redundancy.logits(model, redundancy.torch.arange(32)[None], skips=False) for model in (linear, identity))
-    assert (a - b).abs().max() > 0.01 * a.abs().max()
+    absorbed = capsys.readouterr().out.splitlines()
+    monkeypatch.setattr(redundancy, "absorb", lambda a, b: b.load_state_dict(a.state_dict(), strict=False))
+    redundancy.main()  # W_Q does something where nothing absorbs it
+    assert [": exact, " in line for line in absorbed] == [True, True, False]
+    assert capsys.readouterr().out.count(": not exact, ") == 3

@@ -6,14 +6,12 @@
     best.pt        the model with the lowest validation loss, and its tokenizer
     summary.json   how the run ended
 
-Every file but metrics.jsonl, which only grows, is written under a temporary name and moved into place.
-Nothing that is read from it is executed.
+Every file but metrics.jsonl, which only grows, appears whole. Nothing that is read is executed.
 """
 
 import contextlib
 import json
 import math
-import os
 import platform
 import subprocess
 from dataclasses import asdict
@@ -46,8 +44,7 @@ class RunFolder:
     def holds(self, name):
         return (self.path / name).exists()
 
-    def lock(self):
-        """Held by the one process that writes here."""
+    def lock(self):  # held by the one process that writes here
         return locked(self.path) if self.writes else contextlib.nullcontext()
 
     def write_json(self, name, content):
@@ -59,33 +56,24 @@ class RunFolder:
                 f.write(text.encode())
 
     def read_json(self, name, *keys):
-        """The dict in a file; UserError where it is damaged or lacks one of the keys."""
-        try:
+        """The dict in a file, which must have the keys."""
+        with reading(self.path / name, "JSON"):
             content = json.loads((self.path / name).read_text(encoding="utf-8"))
-            for key in keys:
-                content[key]
-            return content
-        except (OSError, ValueError, TypeError, KeyError) as e:
-            raise UserError(f"{self.path / name} cannot be read: {type(e).__name__}: {e}") from None
+            return content | {key: content[key] for key in keys}
 
     def begin(self, record, settings):
-        """Begin a new run, or go on with the one that is here -> its checkpoint, None where it has none yet.
-
-        record: what `describe` told. UserError where the folder holds a run that is not to be resumed, or another one.
-        """
-        resume = settings.resume
+        """Begin the run that record, from `describe`, tells of, or go on with it -> its checkpoint or None."""
         exists = any(self.holds(name) for name in ("config.json", "ckpt.pt", "best.pt"))
-        if exists and not resume:
-            raise UserError(f"{self} holds a run: --resume it, choose another --out_dir, or delete it")
-        if resume and not exists:
-            raise UserError(f"{self} holds no run to resume")
+        if exists != settings.resume:
+            what = "a run: --resume it, choose another --out_dir, or delete it" if exists else "no run to resume"
+            raise UserError(f"{self} holds {what}")
         checkpoint, step = None, -1
         if exists:
             first = self.read_json("config.json")
             changed = check_resume(first, record)
             if self.holds("ckpt.pt"):  # else it was stopped before the first one, and begins again
                 checkpoint = self.load("ckpt.pt")
-                with fitting(self.path / "ckpt.pt"):
+                with reading(self.path / "ckpt.pt"):
                     step = checkpoint["state"]["step"] if checkpoint["state"]["val"] else -1
             resumed = {key: record[key] for key in ("command", "device", "processes", "versions", "commit")}
             record = {**first, "resumed": [*first.get("resumed", []), {**resumed, "at_step": step, "changed": changed}]}
@@ -94,18 +82,11 @@ class RunFolder:
         barrier()  # every process has seen the folder as it was
         if self.writes:
             self.write_json("config.json", record)
-            self.forget_after(step)
+            for left in (*self.path.glob(".*.tmp"), self.path / "summary.json"):  # by a killed or finished run
+                left.unlink(missing_ok=True)
+            kept = [json.dumps(values) + "\n" for values in self.metrics(until=step)]
+            self.write_text("metrics.jsonl", "".join(kept))
         return checkpoint
-
-    def forget_after(self, step):
-        """Remove what was logged after the step of the checkpoint, and what a killed or finished run left."""
-        for left in (*self.path.glob(".*.tmp"), self.path / "summary.json"):
-            left.unlink(missing_ok=True)
-        try:
-            kept = [values for values in self.metrics() if values["step"] <= step]
-        except (KeyError, TypeError) as e:
-            raise UserError(f"{self.path}/metrics.jsonl is damaged ({e}); repair or delete it") from None
-        self.write_text("metrics.jsonl", "".join(json.dumps(values) + "\n" for values in kept))
 
     def log(self, values):
         """Append a line to metrics.jsonl; what JSON cannot hold (an infinite gradient norm) becomes null."""
@@ -116,43 +97,34 @@ class RunFolder:
         if self.wandb:
             self.wandb.log(values, step=values["step"])
 
-    def metrics(self):
-        """What was logged, a dict a line; a last line that is not whole is left out."""
+    def metrics(self, until=math.inf):
+        """What was logged until a step, a dict a line; a last line that is not whole is left out."""
         path = self.path / "metrics.jsonl"
-        try:
+        with reading(path, "JSON lines"):
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-            return [dict(json.loads(line)) for line in lines if line.endswith("\n")]
-        except (ValueError, TypeError) as e:
-            raise UserError(f"{path} is damaged ({e}); repair or delete it") from None
+            logged = [json.loads(line) for line in lines if line.endswith("\n")]
+            return [values for values in logged if values["step"] <= until]
 
     def save(self, name, checkpoint):
         """Write a checkpoint; where that fails, the one that was there stays."""
-        if not self.writes:
-            return
         path = self.path / name
         torch.serialization.set_crc32_options(False)  # the sum that nothing reads takes most of the time
         try:
-            with new_file(path) as f:
-                torch.save(checkpoint, f)
-                f.flush()
-                os.fsync(f.fileno())  # a power cut must not find the one before it gone and this one not there
+            if self.writes:
+                with new_file(path) as f:
+                    torch.save(checkpoint, f)
         except (OSError, RuntimeError) as e:  # torch's own for a file that it could not finish
-            reason = e.strerror if isinstance(e, OSError) else e.__cause__ or e.__context__ or e
+            reason = " ".join(str(e.__cause__ or e.__context__ or e).split())
             kept = "the one before it is kept" if path.exists() else "there is none yet"
-            raise UserError(f"{path} could not be written ({str(reason).splitlines()[0]:.150}); {kept}") from None
+            raise UserError(f"{path} could not be written ({reason:.150}); {kept}") from None
 
     def load(self, name):
         """A checkpoint that this class saved, on the CPU."""
-        path, checkpoint = self.path / name, load_checkpoint(self.path / name)
-        keys = checkpoint.keys() if isinstance(checkpoint, dict) else set()
-        missing = {"model", "config", "tokenizer", "state"} - keys
-        if missing:
-            raise UserError(f"{path} is no checkpoint of this project: it has no {', '.join(sorted(missing))}")
-        return checkpoint
+        return load_checkpoint(self.path / name, "model", "config", "tokenizer", "state")
 
     def restore(self, checkpoint, model, optimizer, scaler, state):
         """Put a checkpoint into what is being trained; one without an optimizer (imported) starts with a fresh one."""
-        with fitting(self.path / "ckpt.pt"):
+        with reading(self.path / "ckpt.pt"):
             model.load_state_dict(checkpoint["model"])
             if "optimizer" in checkpoint:
                 optimizer.load_state_dict(checkpoint["optimizer"])
@@ -162,81 +134,64 @@ class RunFolder:
 
     def introduce(self, settings, model, data, tokens_per_step, step):
         """Say what is about to be trained."""
-        counts, tokens = model.parameter_report(), {split: data.n_tokens(split) for split in ("train", "val")}
-        print0(
-            f"data    {settings.dataset}: {tokens['train']:,} train, {tokens['val']:,} val tokens, {data.tokenizer['kind']}"
-        )
+        counts, train, val = model.parameter_report(), data.n_tokens("train"), data.n_tokens("val")
+        print0(f"data    {settings.dataset}: {train:,} train, {val:,} val tokens, {data.tokenizer['kind']}")
         print0(f"model   {model.config.query_mode} query, {counts['total']:,} parameters")
         print0(f"        ({counts['non_embedding']:,} non-embedding, {counts['query_path']:,} in the query path)")
         print0(f"run     {self}: {settings.max_iters:,} steps of {tokens_per_step:,} tokens")
-        compiled = "on" if settings.compile else "off"
-        print0(f"device  {settings.device}, {settings.dtype}, compile {compiled}, processes: {world_size()}")
+        compiled = f"compile {'on' if settings.compile else 'off'}"
+        print0(f"device  {settings.device}, {settings.dtype}, {compiled}, processes: {world_size()}")
         if settings.resume:
             print0(f"resumed at step {step}")
 
     def finish(self, state, tokens_per_step, seconds, device):
         """Write summary.json and say how the run ended."""
         val, steps = state["val"], state["timed_steps"]
-        summary = {
-            "final_val_loss": val["val_loss"],
-            "best_val_loss": state["best_val_loss"],
-            "perplexity": val["perplexity"],
-            "bits_per_byte": val["bits_per_byte"],
-            "steps": state["step"],
-            "tokens": state["step"] * tokens_per_step,
-            "tokens_per_second": steps * tokens_per_step / state["timed_seconds"] if steps else None,
-            "seconds": seconds,
-            "peak_memory_bytes": peak_memory(device),
-        }
-        self.write_json("summary.json", summary)
+        summary = {"final_val_loss": val["val_loss"], "best_val_loss": state["best_val_loss"]}
+        summary |= {"perplexity": val["perplexity"], "bits_per_byte": val["bits_per_byte"]}
+        summary |= {"steps": state["step"], "tokens": state["step"] * tokens_per_step, "seconds": seconds}
+        summary["tokens_per_second"] = steps * tokens_per_step / state["timed_seconds"] if steps else None
+        self.write_json("summary.json", summary | {"peak_memory_bytes": peak_memory(device)})
         print0(f"done in {clock(seconds)}: val loss {val['val_loss']:.4f}, perplexity {val['perplexity']:.2f}")
         print0(f"sample from it: python sample.py {self}")
 
 
-def load_checkpoint(path):
-    """What torch.save wrote to a file, on the CPU; tensors and plain values alone, nothing is executed."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch raises many kinds for a file that is not one of its own
-        reason = f"{type(e).__name__}: {(str(e).splitlines() or ['truncated'])[0]:.150}"
-        hint = "it is damaged or not one of tensors and plain values alone: put a good copy in its place"
-        raise UserError(f"{path} cannot be read as a checkpoint ({reason}); {hint}") from None
+def load_checkpoint(path, *keys):
+    """The dict that torch.save wrote to a file, on the CPU, which must have the keys; nothing is executed."""
+    with reading(path):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return checkpoint | {key: checkpoint[key] for key in keys}
 
 
 @contextlib.contextmanager
-def fitting(path):
-    """What a checkpoint holds is put to use within; where it does not fit together, the file is named."""
+def reading(path, kind="a checkpoint"):
+    """What a file holds is put to use within; where that fails, the file is named."""
     try:
         yield
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
-        reason = str(e).replace("\n\t", " ").splitlines()[0]
-        raise UserError(f"{path} does not fit its own config ({reason:.200}); put a good copy in its place") from None
+    except Exception as e:  # torch raises many kinds for a file that is not one of its own
+        reason = " ".join(f"{type(e).__name__}: {e}".split())
+        hint = "it is damaged or another program's: put a good copy in its place"
+        raise UserError(f"{path} cannot be read as {kind} ({reason:.200}); {hint}") from None
 
 
 def describe(settings, model, data, command):
     """What config.json holds: all that is needed to repeat the run."""
-    return {
-        "command": command,
-        "settings": asdict(settings),
-        "model": asdict(model.config),
-        "parameters": model.parameter_report(),
-        "data": {"source": data.source, "sha256": data.sha256},
-        "device": device_name(settings.device),
-        "processes": world_size(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "commit": git_commit(),
-    }
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    record = {"command": command, "settings": asdict(settings), "model": asdict(model.config)}
+    record |= {"parameters": model.parameter_report(), "data": {"source": data.source, "sha256": data.sha256}}
+    record |= {"device": device_name(settings.device), "processes": world_size(), "versions": versions}
+    return record | {"commit": git_commit()}
 
 
 def start_wandb(settings, record):
     try:
         import wandb
-    except ImportError:
-        raise UserError("wandb_log needs the package wandb: pip install wandb") from None
-    try:
+
         return wandb.init(project=settings.wandb_project, name=Path(settings.out_dir).name, config=record)
-    except Exception as e:  # not logged in, no network
-        raise UserError(f"wandb: {' '.join(str(e).split()):.200}") from None
+    except Exception as e:  # not installed, not logged in, no network
+        raise UserError(
+            f"wandb_log: {' '.join(str(e).split()):.200}; it needs pip install wandb, wandb login"
+        ) from None
 
 
 def git_commit():
@@ -247,10 +202,7 @@ def git_commit():
 
 
 def check_resume(before, now, may_change=MAY_CHANGE):
-    """Refuse to go on with a run under settings that would make it another one -> those that did change.
-
-    before, now: what `describe` told then and tells now; may_change: names of settings.
-    """
+    """From what `describe` told before and tells now: what changed; refused where that makes another run."""
 
     def flat(record):
         # Where the run lies and what this command does with it are not properties of the run.
@@ -258,10 +210,8 @@ def check_resume(before, now, may_change=MAY_CHANGE):
         sequences = s["batch_size"] * s["gradient_accumulation_steps"]
         return {**s, **record["model"], "sequences in a step": sequences, "data set": record["data"]["sha256"]}
 
-    try:
+    with reading("config.json", "one of a run"):
         before, now = flat(before), flat(now)
-    except (KeyError, TypeError, AttributeError):
-        raise UserError("the config.json there is not one of a run") from None
     changed = {key: value for key, value in now.items() if before.get(key) != value}
     refused = [f"{key} was {before.get(key)}, now is {changed[key]}" for key in changed if key not in may_change]
     if refused:

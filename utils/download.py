@@ -20,22 +20,21 @@ BLOCK = 1 << 16  # bytes; a connection that breaks loses less than this
 
 retry = requests.adapters.Retry(total=TRIES - 1, backoff_factor=1, status_forcelist=(408, 429, 500, 502, 503, 504))
 session = requests.Session()
-session.mount("http://", requests.adapters.HTTPAdapter(max_retries=retry))
-session.mount("https://", requests.adapters.HTTPAdapter(max_retries=retry))
+for scheme in ("http://", "https://"):
+    session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
 session.headers["Accept-Encoding"] = "identity"  # not compressed on the way, so that we can count the file's bytes
 
 
 def announced(url):
     """A file's size in bytes, and its sha256 or None, as the server announces them."""
     answer = session.head(url, allow_redirects=True, timeout=TIMEOUT)
-    for step in [*answer.history, answer]:
-        if "X-Linked-Size" in step.headers:  # the hub tells both, and redirects to a store that does not
-            break
-    step.raise_for_status()
-    size = int(step.headers.get("X-Linked-Size") or step.headers.get("Content-Length") or 0)
+    # The hub tells both, and redirects to a store that does not.
+    answer = next((step for step in answer.history if "X-Linked-Size" in step.headers), answer)
+    answer.raise_for_status()
+    size = int(answer.headers.get("X-Linked-Size") or answer.headers.get("Content-Length") or 0)
     if size == 0:
         raise requests.RequestException(f"{url} does not tell its size")
-    sha256 = re.search(r"\b[0-9a-f]{64}\b", step.headers.get("X-Linked-Etag", ""))
+    sha256 = re.search(r"\b[0-9a-f]{64}\b", answer.headers.get("X-Linked-Etag", ""))
     return size, sha256[0] if sha256 else None
 
 
@@ -67,7 +66,5 @@ def receive(url, path, have, size):
             mode, fits = "wb", answer.headers.get("Content-Length", str(size)) == str(size)
         if fits:
             with open(path, mode) as f, contextlib.suppress(requests.RequestException):
-                blocks = tqdm(
-                    answer.iter_content(BLOCK), path.name, size // BLOCK, initial=f.tell() // BLOCK, disable=None
-                )
-                f.writelines(blocks)
+                shown = {"total": size // BLOCK, "initial": f.tell() // BLOCK, "disable": None}
+                f.writelines(tqdm(answer.iter_content(BLOCK), path.name, **shown))

@@ -13,6 +13,8 @@ def new_file(path):
     try:
         with open(temporary, "wb") as f:
             yield f
+            f.flush()
+            os.fsync(f.fileno())  # a power cut must not find what was there gone and this not written
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -22,10 +24,9 @@ def new_file(path):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Refuse to work in a folder where another process does; the system drops the lock when a process dies.
+    """Make a folder that is removed where it is left empty; refuse one where another process is at work.
 
-    The folder is made where it is not there, and removed where it is left empty. Where there are no such
-    locks (Windows, some network file systems), nothing is refused.
+    The system drops the lock when a process dies. Without such locks (Windows) nothing is refused.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as f:

@@ -1,9 +1,8 @@
 """OpenWebText: from its archives on the Hugging Face hub to token files in the order that nanoGPT and the paper use.
 
-The corpus is 21 tar archives of xz-compressed tar archives of text documents. Each archive is downloaded,
-tokenized and deleted; its tokens are appended to a file in data/openwebtext.parts. At the end the documents are
-gathered from that file in the order of a fixed random permutation, whose first 0.05 % are the validation split.
-The program may be killed at any time: archives that are finished are not done again.
+The corpus is 21 tar archives of xz-compressed tar archives of text documents. Each archive is downloaded, tokenized
+and deleted; its tokens are appended to a file in data/openwebtext.parts, from which the documents are gathered in the
+order of a fixed random permutation. The program may be killed at any time: what is finished is not done again.
 """
 
 import collections
@@ -31,7 +30,7 @@ from utils.files import locked, new_file
 from utils.settings import UserError, short
 from utils.tokenizers import GPT2Tokenizer
 
-HUB = "https://huggingface.co"
+HUB, REPOSITORY = "https://huggingface.co", "datasets/Skylion007/openwebtext"
 REVISION = "f3808c30e817981b845ec549c43e82bb467d8144"  # the last one with these archives
 PARQUET_REVISION = "79d93d786212f7344586290adb811d4ae6a1762c"  # a later one, with the same text in other files
 N_SHARDS = 21
@@ -61,13 +60,12 @@ GATHER_TOKENS = 1 << 24  # gathered in memory at a time
 
 
 def prepare(data_dir, shards, mirror, source, keep):
-    """Write data_dir/openwebtext, or data_dir/openwebtext_A-B for a part of the corpus.
+    """Write data_dir/openwebtext, or openwebtext_A-B where shards, a range of archive numbers, is a part of the corpus.
 
-    shards: range of archive numbers; mirror: address to ask instead of the hub's; source: folder that holds
-    the archives (None: download them); keep: whether to keep what was downloaded.
+    mirror: address to ask instead of the hub's; source: folder of the archives, where they are not to be downloaded.
     """
-    name, parts = "openwebtext", data_dir / "openwebtext.parts"
-    if len(shards) < N_SHARDS:
+    name, parts, whole = "openwebtext", data_dir / "openwebtext.parts", len(shards) == N_SHARDS
+    if not whole:
         name += f"_{shards[0]}" + (f"-{shards[-1]}" if len(shards) > 1 else "")
     target, work = data_dir / name, parts / name
     if target.exists():
@@ -76,14 +74,12 @@ def prepare(data_dir, shards, mirror, source, keep):
     try:
         with locked(parts):
             corpus = tokenize_archives(work, shards, tokenizer, mirror, source, keep)
-            gather(work, corpus, len(shards) == N_SHARDS, tokenizer, target)
+            gather(work, corpus, whole, tokenizer, target)
             shutil.rmtree(work)
     except (RequestException, HTTPError) as e:
         cause = str(e).rpartition("Caused by ")[2][:200]  # requests puts a long address before it
-        raise UserError(
-            f"{mirror or HUB}: {cause}; try again, or another --mirror, or fetch the archives elsewhere and name "
-            f"their folder with --source (the parquet files of revision {PARQUET_REVISION} are not read)"
-        ) from None
+        hint = f"try again, another --mirror, or --source (no parquet files, as in revision {PARQUET_REVISION})"
+        raise UserError(f"{mirror or HUB}: {cause}; {hint}") from None
     except (KeyboardInterrupt, OSError):
         print(f"\nstopped; what is finished is kept in {parts}, and the same command goes on", flush=True)
         raise
@@ -93,12 +89,15 @@ class Archive:
     """One of the 21 archives: its path on this disk, its size in bytes, and its sha256 where it is known."""
 
     def __init__(self, number, parts, mirror, source):
-        name, folder = f"urlsf_subset{number:02d}.tar", "datasets/Skylion007/openwebtext/resolve"
-        self.path = Path(source or parts) / name
-        self.url = None if source else f"{(mirror or HUB).rstrip('/')}/{folder}/{REVISION}/subsets/{name}"
-        if source and not self.path.is_file():
+        name = f"urlsf_subset{number:02d}.tar"
+        self.path, self.url, announced = Path(source or parts) / name, None, None
+        if not source:
+            self.url = f"{(mirror or HUB).rstrip('/')}/{REPOSITORY}/resolve/{REVISION}/subsets/{name}"
+            self.size, announced = download.announced(self.url)
+        elif self.path.is_file():
+            self.size = self.path.stat().st_size
+        else:
             raise UserError(f"--source {source} holds no {name}")
-        self.size, announced = (self.path.stat().st_size, None) if source else download.announced(self.url)
         self.sha256 = SHA256.get(number) or announced
 
     def fetch(self, room):
@@ -110,11 +109,11 @@ class Archive:
         with open(self.path, "rb") as f:
             while block := f.read(1 << 20):
                 found.update(block)
-        if self.sha256 not in (None, found.hexdigest()):
+        expected, self.sha256 = self.sha256, found.hexdigest()
+        if expected not in (None, self.sha256):
             if self.url:
                 self.path.unlink()  # so that the same command downloads it anew
-            raise UserError(f"{self.path} has sha256 {found.hexdigest()}, not {self.sha256}; fetch it anew")
-        self.sha256 = found.hexdigest()
+            raise UserError(f"{self.path} has sha256 {self.sha256}, not {expected}; fetch it anew")
         return self
 
 
@@ -129,7 +128,7 @@ def tokenize_archives(work, shards, tokenizer, mirror, source, keep):
         except ValueError as e:
             raise UserError(f"{record} is damaged ({e}); delete {work} to begin anew") from None
     archives = [Archive(number, work.parent, mirror, source) for number in shards[len(corpus["archives"]) :]]
-    check_space(work.parent, len(shards), archives, 2 * corpus["tokens"], source, keep)
+    check_space(work.parent, archives, 2 * corpus["tokens"], 0 if source else len(archives) if keep else 2)
     work.mkdir(exist_ok=True)
     room = threading.Semaphore(2)  # archives on the disk: one is tokenized, and the next one is fetched meanwhile
     # The pool's thread is a daemon: Ctrl-C does not wait for it.
@@ -145,8 +144,9 @@ def tokenize_archives(work, shards, tokenizer, mirror, source, keep):
                 corpus["documents"] += len(member_lengths)
             if corpus["documents"] == before:
                 raise UserError(f"{archive.path} holds no documents; fetch it anew")
-            flush(tokens)
-            flush(lengths)
+            for file in (tokens, lengths):  # what they were made from is deleted next: a power cut must not lose both
+                file.flush()
+                os.fsync(file.fileno())
             if not (source or keep):
                 archive.path.unlink()
             corpus["archives"].append({"name": name, "bytes": archive.size, "sha256": archive.sha256})
@@ -157,20 +157,14 @@ def tokenize_archives(work, shards, tokenizer, mirror, source, keep):
     return corpus
 
 
-def flush(f):
-    """Bring a file to the disk. What it was made from is deleted next, and a power cut must not lose both."""
-    f.flush()
-    os.fsync(f.fileno())
-
-
-def check_space(folder, n_shards, archives, done, source, keep):
-    """Say what the work needs on the disk, and refuse where that is not there. done: bytes of tokens."""
-    sizes = sorted(archive.size for archive in archives)
+def check_space(folder, archives, done, n_kept):
+    """Refuse to begin where the disk has too little room. done: bytes of tokens; n_kept: downloads at a time."""
+    sizes = sorted((archive.size for archive in archives), reverse=True)
     tokens = int(sum(sizes) * TOKEN_BYTES_PER_ARCHIVE_BYTE)
-    downloads = 0 if source else sum(sizes if keep else sizes[-2:])
-    downloads -= min(downloads, sum(path.stat().st_size for path in folder.glob("*.tar")))  # here already
-    need, free = downloads + tokens + (done + tokens), shutil.disk_usage(folder).free  # the data set is a second copy
-    print(f"{len(archives)} of {n_shards} archives to do; needs {short(need)}B on the disk", flush=True)
+    here = sum(path.stat().st_size for path in folder.glob("*.tar"))
+    need, free = max(0, sum(sizes[:n_kept]) - here) + tokens, shutil.disk_usage(folder).free
+    need += done + tokens  # the data set is a second copy
+    print(f"{len(archives)} archives to do; needs {short(need)}B on the disk", flush=True)
     if need > free:
         raise UserError(f"{folder} has {short(free)}B free, but {short(need)}B are needed; make room, or use --shards")
 
@@ -228,9 +222,9 @@ def tokenize_member(path, name, data, tokenizer):
                 place = f"{path}: {name}: {document}"
                 # As the corpus's own loader does it: no more than one empty line in a row, none around.
                 text = re.sub("\n\n\n+", "\n\n", text.decode()).strip().encode()
-                ids = tokenizer.encode(text)
-                tokens += [ids, np.array([tokenizer.eot], np.uint16)]
-                lengths.append((len(ids) + 1, len(text)))
+                ids = np.append(tokenizer.encode(text), np.uint16(tokenizer.eot))
+                tokens.append(ids)
+                lengths.append((len(ids), len(text)))
     except (lzma.LZMAError, EOFError, tarfile.TarError, UnicodeDecodeError) as e:
         raise UserError(f"{place}: {e}; fetch the archive anew") from None
     return np.concatenate(tokens), np.array(lengths, np.uint32).reshape(-1, 2)
@@ -248,24 +242,22 @@ def gather(work, corpus, whole, tokenizer, target):
     if (n, n_tokens) != (corpus["documents"], corpus["tokens"]):
         raise UserError(f"{work / 'lengths'} is damaged; delete {work} to begin anew")
     order, n_val = permutation(n), math.ceil(0.0005 * n)
-    if whole:
-        found = {"documents": n, "tokens": n_tokens, "order": hashlib.sha256(order.astype("<i8")).hexdigest()}
-        if found != PUBLISHED:
-            raise UserError(f"{found}, but the whole corpus has {PUBLISHED}; delete {work} to begin anew")
+    found = {"documents": n, "tokens": n_tokens, "order": hashlib.sha256(order.astype("<i8")).hexdigest()}
+    if whole and found != PUBLISHED:
+        raise UserError(f"{found}, but the whole corpus has {PUBLISHED}; delete {work} to begin anew")
     result = work / "result"
     shutil.rmtree(result, ignore_errors=True)  # of a run that was stopped
     result.mkdir()
-    meta = {"source": f"{HUB}/datasets/Skylion007/openwebtext", "revision": REVISION}
+    meta = {"source": f"{HUB}/{REPOSITORY}", "revision": REVISION, "archives": corpus["archives"]}
     meta |= {"tokenizer": tokenizer.spec, "vocab_size": tokenizer.vocab_size, "dtype": "uint16"}
-    meta["val"] = write_split(result / "val.bin", order[:n_val], work / "tokens", lengths, tokenizer.eot)
-    meta["train"] = write_split(result / "train.bin", order[n_val:], work / "tokens", lengths, tokenizer.eot)
+    for split, chosen in {"val": order[:n_val], "train": order[n_val:]}.items():
+        meta[split] = write_split(result / f"{split}.bin", chosen, work / "tokens", lengths, tokenizer.eot)
     n_train = meta["train"]["tokens"]
     if whole:
         first = np.fromfile(result / "train.bin", np.uint16, len(FIRST_TRAIN_TOKENS)).tolist()
-        meta["as_published"] = n_train == TRAIN_TOKENS and first == FIRST_TRAIN_TOKENS
+        meta["as_published"] = (n_train, first) == (TRAIN_TOKENS, FIRST_TRAIN_TOKENS)
         if not meta["as_published"]:
             print(f"warning: another order than published: train.bin has {n_train:,} tokens and begins {first}")
-    meta["archives"] = corpus["archives"]
     with new_file(result / "meta.json") as f:
         f.write(json.dumps(meta, indent=1).encode())
     os.rename(result, target)
@@ -275,26 +267,24 @@ def gather(work, corpus, whole, tokenizer, target):
 def write_split(path, chosen, tokens_path, lengths, eot):
     """Write the documents whose numbers are chosen, in that order -> the split's entry in meta.json."""
     starts = lengths[:, 0].cumsum(dtype=np.int64) - lengths[:, 0]
-    ends = lengths[chosen, 0].cumsum(dtype=np.int64)
-    cuts = np.flatnonzero(np.diff(ends // GATHER_TOKENS)) + 1
-    n_tokens, text_bytes, sha256 = int(ends[-1]), int(lengths[chosen, 1].sum(dtype=np.int64)), hashlib.sha256()
+    cuts = np.flatnonzero(np.diff(lengths[chosen, 0].cumsum(dtype=np.int64) // GATHER_TOKENS)) + 1
+    n_tokens, text_bytes = lengths[chosen].sum(axis=0, dtype=np.int64).tolist()
+    sha256 = hashlib.sha256()
     print(f"writing {n_tokens:,} tokens to {path.name}", flush=True)
     with open(tokens_path, "rb", buffering=0) as source, new_file(path) as f:
         for some in tqdm(np.split(chosen, cuts), path.name, disable=None):
             tokens = read_documents(source, some, starts, lengths[:, 0], eot)
             f.write(tokens)
             sha256.update(tokens)
-        flush(f)
     return {"documents": len(chosen), "tokens": n_tokens, "text_bytes": text_bytes, "sha256": sha256.hexdigest()}
 
 
 def read_documents(file, chosen, starts, lengths, eot):
     """The tokens of the chosen documents, one after another, as bytes. starts, lengths: of all documents, in tokens."""
-    pieces, end = {}, np.uint16(eot).tobytes()
-    forward = np.sort(chosen)  # reading forward is faster than back and forth
-    for i, start, length in zip(forward.tolist(), starts[forward].tolist(), lengths[forward].tolist()):
-        file.seek(2 * start)
-        pieces[i] = file.read(2 * length)
-        if not pieces[i].endswith(end):
+    pieces = {}
+    for i in np.sort(chosen).tolist():  # reading forward is faster than back and forth
+        file.seek(2 * int(starts[i]))
+        pieces[i] = file.read(2 * int(lengths[i]))
+        if not pieces[i].endswith(np.uint16(eot).tobytes()):
             raise UserError(f"{file.name} does not fit the lengths beside it; delete its folder to begin anew")
     return b"".join(pieces[i] for i in chosen.tolist())

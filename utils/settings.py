@@ -1,12 +1,11 @@
 """Settings from a config file and --key=value flags, and a user's mistakes in one line instead of a traceback.
 
-Settings are the fields of dataclasses. A field's type is int, float, bool, str, or one of them | None, where None is
-written "auto"; the comment behind a field is its help.
+Settings are fields of dataclasses: int, float, bool, str, or one of them | None, where None is written "auto".
+The comment behind a field is its help.
 """
 
 import argparse
 import contextlib
-import dataclasses
 import difflib
 import inspect
 import math
@@ -53,7 +52,7 @@ def run_program(main):
 
 
 def out_of_memory(e):
-    """Whether an exception of Python or of torch says so; the words differ with device and version."""
+    """Whether an exception says so; torch's words differ with device and version."""
     return isinstance(e, MemoryError) or any(words in str(e) for words in ("out of memory", "allocate memory"))
 
 
@@ -71,22 +70,26 @@ def short(number):
     return f"{number:.3g}"
 
 
-# ---------------------------------------------------------------------------------------------------
-# Reading a command line.
+def checked(kind, holds, problem):
+    """A type for argparse: int, float or str, refused with the problem where it does not hold for a value."""
+
+    def value(text):
+        if not holds(kind(text)):
+            raise argparse.ArgumentTypeError(f"{text!r} {problem}")
+        return kind(text)
+
+    return value
 
 
 def setting_types(*classes):
-    """{name: type} of the settings of some dataclasses."""
-    kinds = {name: kind for cls in classes for name, kind in typing.get_type_hints(cls).items()}
-    kinds.pop("causal", None)  # set in code only: training predicts the next token
-    return kinds
+    """{name: (type,), or (type, NoneType)} of the settings of some dataclasses."""
+    hints = {name: kind for cls in classes for name, kind in typing.get_type_hints(cls).items()}
+    hints.pop("causal", None)  # set in code only: training predicts the next token
+    return {name: typing.get_args(kind) or (kind,) for name, kind in hints.items()}
 
 
 def read_command(argv, settings_class, config_class, default_config="config/quickstart.py"):
-    """Command line -> (settings, model configuration); flags win over the config file.
-
-    What is auto in the settings stays None. vocab_size is None where it was not given: it is the data set's.
-    """
+    """Command line -> (settings, model configuration); flags win over the config file, and what is auto stays None."""
     kinds = setting_types(settings_class, config_class)
     files, flags = split_command(argv, kinds)
     if len(files) > 1:
@@ -94,21 +97,21 @@ def read_command(argv, settings_class, config_class, default_config="config/quic
     path = Path(files[0]) if files else Path(__file__).parent.parent / default_config
     given = {key: convert(key, value, kinds, path) for key, value in read_config(path).items()}
     given |= {key: convert(key, value, kinds, "command line") for key, value in flags.items()}
-    model_args = {f.name: given.pop(f.name) for f in dataclasses.fields(config_class) if f.name in given}
+    given["out_dir"] = given.get("out_dir") or str(Path("out") / path.stem)
+    model_args = {key: given.pop(key) for key in setting_types(config_class) if key in given}
     settings = settings_class(**given)
-    settings = dataclasses.replace(settings, out_dir=settings.out_dir or str(Path("out") / path.stem))
     check_ranges(settings)
     try:
-        return settings, config_class(**{"vocab_size": None, **model_args})
+        return settings, config_class(**{"vocab_size": None, **model_args})  # None: the data set's
     except ValueError as e:
         raise UserError(str(e), status=2) from None
 
 
 def check_ranges(settings):
     """Refuse values of the training settings that make no sense."""
+    counts = "batch_size gradient_accumulation_steps max_iters lr_decay_iters eval_interval eval_tokens log_interval"
     ranges = {
-        "at least 1": (lambda v: v >= 1, "batch_size gradient_accumulation_steps max_iters lr_decay_iters"),
-        "1 or above": (lambda v: v >= 1, "eval_interval eval_tokens log_interval"),
+        "at least 1": (lambda v: v >= 1, counts),
         "above 0": (lambda v: 0 < v < math.inf, "learning_rate peak_tflops"),
         "0 or above": (lambda v: 0 <= v < math.inf, "seed min_lr warmup_iters weight_decay grad_clip"),
         "in [0, 1)": (lambda v: 0 <= v < 1, "beta1 beta2"),
@@ -120,9 +123,9 @@ def check_ranges(settings):
             value = getattr(settings, name)
             if value is not None and not holds(value):
                 raise UserError(f"{name}={value} must be {meaning}", status=2)
-    if settings.min_lr is not None and settings.min_lr > settings.learning_rate:
-        rates = f"min_lr={settings.min_lr:g} is above learning_rate={settings.learning_rate:g}"
-        raise UserError(f"{rates}; lower it too", status=2)
+    rate, min_lr = settings.learning_rate, settings.min_lr
+    if min_lr is not None and min_lr > rate:
+        raise UserError(f"min_lr={min_lr:g} is above learning_rate={rate:g}; lower it too", status=2)
 
 
 def split_command(argv, kinds):
@@ -132,28 +135,21 @@ def split_command(argv, kinds):
         key, equals, value = argument.removeprefix("--").partition("=")
         if not argument.startswith("--"):
             words.append(argument)
-        elif equals or base_type(kinds.get(key, bool)) is bool:
+        elif equals or bool in kinds.get(key, (bool,)):
             flags[key] = value if equals else True
         else:
             raise UserError(f"--{key} needs a value: --{key}=VALUE", status=2)
     return words, flags
 
 
-def base_type(kind):
-    """int | None -> int"""
-    return (typing.get_args(kind) or (kind,))[0]
-
-
 def read_config(path):
     """The assignments of a config file: Python, the user's own, which may start from another such file."""
-    if not path.is_file():
-        raise UserError(f"there is no config file {path}", status=2)
     try:
         values = runpy.run_path(str(path))
     except (Exception, SystemExit) as e:
         raise UserError(f"{path}: {type(e).__name__}: {' '.join(str(e).split())}", status=2) from None
-    own = {name: value for name, value in values.items() if not (name.startswith("_") or callable(value))}
-    return {name: value for name, value in own.items() if not isinstance(value, types.ModuleType)}
+    code = {name for name, value in values.items() if callable(value) or isinstance(value, types.ModuleType)}
+    return {name: value for name, value in values.items() if name not in code and not name.startswith("_")}
 
 
 def convert(key, value, kinds, where):
@@ -161,8 +157,8 @@ def convert(key, value, kinds, where):
     if key not in kinds:
         near = difflib.get_close_matches(key, kinds, n=1, cutoff=0)[0]
         raise UserError(f"{where}: unknown setting {key!r}; the nearest is {near!r} (--help lists all)", status=2)
-    kind, text = base_type(kinds[key]), str(value).lower()
-    if kind is not kinds[key] and (value is None or text == "auto"):
+    kind, text = kinds[key][0], str(value).lower()
+    if kinds[key] != (kind,) and (value is None or text == "auto"):
         return None
     if kind is str and isinstance(value, str) and value:
         return value
@@ -170,22 +166,16 @@ def convert(key, value, kinds, where):
         return text in ("true", "1")
     if kind in (int, float):
         with contextlib.suppress(ValueError):
-            number = float(text)
-            if kind is float:
-                return number
-            if number.is_integer():  # 1e6 will do, as people write it; large integers keep every digit
-                return int(text) if re.fullmatch(r"[-+]?\d[\d_]*", text) else int(number)
+            return kind(text)
+        with contextlib.suppress(ValueError):
+            if float(text).is_integer():  # 1e6 will do, as people write it
+                return int(float(text))
     expected = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}[kind]
     raise UserError(f"{where}: {key}={value!r} is not {expected}", status=2)
 
 
 def list_settings(*classes):
     """The settings of dataclasses with their defaults and comments, as --help shows them."""
-    kinds, lines = setting_types(*classes), []
-    for cls in classes:
-        for key, default, meaning in re.findall(r"^    (\w+): [^=\n]+ = (.+?)  # (.+)$", inspect.getsource(cls), re.M):
-            if key in kinds:
-                lines.append(
-                    f"  --{key}={default.replace('None', 'auto')}\n        {meaning.replace('None:', 'auto:')}"
-                )
-    return "\n".join(lines)
+    kinds, source = setting_types(*classes), "".join(map(inspect.getsource, classes))
+    found = re.findall(r"^    (\w+): [^=\n]+ = (.+?)  # (.+)$", source.replace("None", "auto"), re.M)
+    return "\n".join(f"  --{key}={default}\n        {meaning}" for key, default, meaning in found if key in kinds)
