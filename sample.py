@@ -8,24 +8,24 @@ from pathlib import Path
 import torch
 
 from model import GPT, GPTConfig
-from utils.checkpoint import RunFolder, fitting
+from utils.checkpoint import RunFolder, reading
 from utils.device import pick_device
-from utils.generation import for_generation
-from utils.settings import Parser, UserError, run_program
+from utils.generation import FORMATS, best_format, for_generation
+from utils.settings import Parser, UserError, checked, run_program
 from utils.tokenizers import load_tokenizer
 
 
-def load_model(folder, device):
+def load_model(folder, device, dtype="float32"):
     """The run's best model, or its last where none is marked best -> (GPT ready to generate, its tokenizer's spec)."""
     run = RunFolder(folder)
-    name = next((name for name in ("best.pt", "ckpt.pt") if run.holds(name)), None)
-    if name is None:
+    name = "best.pt" if run.holds("best.pt") else "ckpt.pt"
+    if not run.holds(name):
         raise UserError(f"{run} holds no trained model (neither best.pt nor ckpt.pt)")
     checkpoint = run.load(name)
-    with fitting(run.path / name):
+    with reading(run.path / name):
         model = GPT(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
-    return for_generation(model.to(device)), checkpoint["tokenizer"]
+    return for_generation(model.to(device), dtype), checkpoint["tokenizer"]
 
 
 def encode_prompt(prompt, tokenizer, block_size):
@@ -34,20 +34,15 @@ def encode_prompt(prompt, tokenizer, block_size):
         return torch.tensor([[tokenizer.eot]])
     data = b"\n" if prompt is None else prompt.encode(errors="surrogateescape")  # the bytes that were typed
     if prompt and prompt.startswith("FILE:"):
-        try:
-            data = Path(prompt.removeprefix("FILE:")).read_bytes()
-        except OSError as e:
-            raise UserError(f"--prompt={prompt}: {e.strerror}") from None
+        data = Path(prompt.removeprefix("FILE:")).read_bytes()
     if not data:
         raise UserError("the prompt is empty; leave out --prompt to begin a new document")
     try:
         ids = torch.tensor([tokenizer.encode(data).tolist()])
     except UnicodeDecodeError:
         raise UserError(f"--prompt={prompt} is not UTF-8 text, which this run's tokens are made of") from None
-    if ids.size(1) > block_size:
-        raise UserError(
-            f"the prompt has {ids.size(1):,} tokens, but this model sees {block_size:,} at most; shorten it"
-        )
+    if ids.numel() > block_size:
+        raise UserError(f"the prompt has {ids.numel():,} tokens, but this model sees {block_size:,} at most")
     return ids
 
 
@@ -55,32 +50,25 @@ def read_options(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("run", help="folder of a run, out/NAME")
     parser.add_argument("--prompt", help="text to go on from, or FILE:path; without it a new document begins")
-    parser.add_argument("--num_samples", type=int, default=3, help="how many texts")
-    parser.add_argument("--max_new_tokens", type=int, default=500, help="length of each, in tokens")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
-    parser.add_argument("--top_k", type=int, help="draw from the k likeliest tokens only")
-    parser.add_argument("--top_p", type=float, help="draw from the fewest tokens whose probabilities reach p")
-    parser.add_argument("--seed", type=int, default=1337, help="of the draws")
+    count = checked(int, lambda value: value >= 1, "is not 1 or above")
+    parser.add_argument("--num_samples", type=count, default=3, help="how many texts")
+    parser.add_argument("--max_new_tokens", type=count, default=500, help="length of each, in tokens")
+    heat = checked(float, lambda value: value >= 0, "is not 0 or above")
+    parser.add_argument("--temperature", type=heat, default=0.8, help="0 takes the likeliest token each time")
+    parser.add_argument("--top_k", type=count, help="draw from the k likeliest tokens only")
+    share = checked(float, lambda value: 0 < value <= 1, "is not in (0, 1]")
+    parser.add_argument("--top_p", type=share, help="draw from the fewest tokens whose probabilities reach p")
+    seed = checked(int, lambda value: 0 <= value < 2**63, "is not in [0, 2**63)")
+    parser.add_argument("--seed", type=seed, default=1337, help="of the draws")
     parser.add_argument("--device", help="cpu, cuda, cuda:N or mps; without it the first there is of cuda, mps, cpu")
-    options = parser.parse_args(argv)
-    ranges = {
-        "num_samples": options.num_samples >= 1,
-        "max_new_tokens": options.max_new_tokens >= 1,
-        "seed": 0 <= options.seed < 2**63,
-        "temperature": options.temperature >= 0,
-        "top_k": options.top_k is None or options.top_k >= 1,
-        "top_p": options.top_p is None or 0 < options.top_p <= 1,
-    }
-    for name, holds in ranges.items():
-        if not holds:
-            parser.error(f"--{name}={getattr(options, name)} is out of range")
-    return options
+    parser.add_argument("--dtype", choices=FORMATS, help="of the weights; without it int8 on a CPU, bfloat16 on CUDA")
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
     options = read_options(argv)
     device = pick_device(options.device)
-    model, tokenizer_spec = load_model(options.run, device)
+    model, tokenizer_spec = load_model(options.run, device, options.dtype or best_format(device))
     tokenizer = load_tokenizer(tokenizer_spec)
     prompt = encode_prompt(options.prompt, tokenizer, model.config.block_size).to(device)
     generator = torch.Generator(device).manual_seed(options.seed)

@@ -19,9 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from model import GPT, GPTConfig, derive_seed
 from prepare_data import Dataset, prepare_if_small
 from utils.checkpoint import RunFolder, describe
-from utils.device import StopSignal, autocast, barrier, flops_per_token, launch_command, print0, processes
+from utils.device import StopSignal, autocast, barrier, launch_command, measure_speed, print0, processes
 from utils.device import rank, resolve, sum_over_ranks, world_size
-from utils.settings import UserError, clock, list_settings, read_command, run_program, short
+from utils.settings import UserError, clock, list_settings, read_command, run_program
 from utils.watch import check_loss_scale, largest_attention_logit
 
 # ---------------------------------------------------------------------------------------------------
@@ -262,6 +262,7 @@ def train(settings, config, command):
         health = torch.zeros((), device=settings.device)  # the sum of losses and norms: finite as long as each was
 
         while True:
+            # Evaluate, and keep the best model and the last one.
             step = state["step"]
             due = step % settings.eval_interval == 0 or step >= settings.max_iters
             known = state["val"] is not None and state["val"]["step"] == step
@@ -272,10 +273,9 @@ def train(settings, config, command):
                 best, state["val"] = val["val_loss"] < state["best_val_loss"], {"step": step, **val}
                 state["best_val_loss"] = min(val["val_loss"], state["best_val_loss"])
                 log(**val)
-                print0(
-                    f"step {step}/{settings.max_iters} val loss {val['val_loss']:.4f} perplexity "
-                    f"{val['perplexity']:.2f} bits/byte {val['bits_per_byte']:.3f} in {time.perf_counter() - began:.1f} s"
-                )
+                words = f"perplexity {val['perplexity']:.2f} bits/byte {val['bits_per_byte']:.3f}"
+                words += f" in {time.perf_counter() - began:.1f} s"
+                print0(f"step {step}/{settings.max_iters} val loss {val['val_loss']:.4f} {words}")
                 if best and step > 0:
                     save("best.pt")
                 if step > 0:
@@ -287,10 +287,12 @@ def train(settings, config, command):
             if due or step <= first_step + 1:
                 timer_step, timer = step, time.perf_counter()
 
+            # One step.
             loss, norm = train_step(replica, optimizer, scaler, data, settings, step)
             health += loss if scaler.is_enabled() else loss + norm  # float16 skips steps whose norm overflows
             state["step"] = step = step + 1
 
+            # Log; only here does a GPU have to be waited for.
             if step % settings.log_interval == 0 or step == 1:
                 check_finite(health, run, step, settings)
                 check_loss_scale(scaler)
@@ -298,29 +300,23 @@ def train(settings, config, command):
                 if step == 1 and norm == 0:
                     raise UserError("the first gradient is exactly 0, so nothing is learned; try --compile=false")
                 elapsed, steps = time.perf_counter() - timer, step - timer_step
-                speed, mfu, tail = None, None, f"first step {elapsed:.1f} s"
+                speed, words = {"tokens_per_second": None, "mfu": None}, f"first step {elapsed:.1f} s"
                 if step > first_step + 1:
                     state["timed_steps"] += steps
                     state["timed_seconds"] += elapsed
-                    speed = steps * tokens_per_step / elapsed
-                    tail = f"{short(speed)} tok/s {clock((settings.max_iters - step) * elapsed / steps)} left"
-                if speed and settings.peak_tflops:
-                    mfu = speed * flops_per_token(model) / (settings.peak_tflops * 1e12 * world_size())
-                    tail = f"mfu {mfu:.0%} {tail}"
+                    speed, words = measure_speed(model, settings, elapsed / steps, tokens_per_step)
+                    words += f" {clock((settings.max_iters - step) * elapsed / steps)} left"
                 lr, watched = get_lr(settings, step - 1), {}
                 if settings.watch:
-                    x, _ = get_batch(
-                        data, "train", get_offsets(data, settings.seed, step, 1), math.inf, settings.device
-                    )
-                    with autocast(settings):
-                        watched["largest_logit"] = largest_attention_logit(model, x)
-                log(train_loss=loss, learning_rate=lr, grad_norm=norm, tokens_per_second=speed, mfu=mfu, **watched)
-                print0(f"step {step}/{settings.max_iters} loss {loss:.4f} lr {lr:.1e} norm {norm:.2f} {tail}")
-                if watched:
-                    print0(f"    largest attention logit {watched['largest_logit']:.1f}")
+                    offsets = get_offsets(data, settings.seed, step, 1)
+                    x, _ = get_batch(data, "train", offsets, data.n_tokens("train"), settings.device)
+                    watched["largest_logit"] = largest_attention_logit(model, x, settings)
+                log(train_loss=loss, learning_rate=lr, grad_norm=norm, **speed, **watched)
+                print0(f"step {step}/{settings.max_iters} loss {loss:.4f} lr {lr:.1e} norm {norm:.2f} {words}")
                 timer_step, timer = step, time.perf_counter()
 
-            if sum_over_ranks(stop.number, "cpu"):  # a signal to one process stops all; the GPU is not waited for
+            # Stop where a signal asks for it. One to any process stops all; the GPU is not waited for.
+            if sum_over_ranks(stop.number, "cpu"):
                 check_finite(health, run, step, settings)
                 save("ckpt.pt")
                 barrier()  # no process ends, and takes the others along, before the checkpoint is in place

@@ -1,9 +1,14 @@
 """tools/bench.py runs to its end and measures every model; no number is tested, since they depend on the machine."""
 
 import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
 
 from model import QUERIES
-from tools import bench
+from tools import bench, runbook
 
 HAS_PEER = importlib.util.find_spec("transformers") is not None
 PEER = ["--peer"] if HAS_PEER else []
@@ -34,3 +39,36 @@ def test_data_prepares_an_archive(gpt2_vocabulary, capsys):
     bench.main(["data", "--megabytes=0.3", "--repeats=1"])
     output = capsys.readouterr().out
     assert "0.3 MB" in output and "prepare_data.py openwebtext" in output and "16 cores" in output
+
+
+REHEARSAL = ["gpu", "--shape=tiny", "--device=cpu", "--dtype=bfloat16", "--repeats=1", "--out=r"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a C++ compiler")
+def test_the_runbook_is_rehearsed():
+    assert bench.main(REHEARSAL) == 0
+    book, text = json.loads(Path("r/gpu.json").read_text()), Path("r/gpu.md").read_text()
+    steps = ["gradients", "model_tests", "speed", "training", "resume", "generation"]
+    assert list(book) == ["about", *steps] and "failed" not in text
+    assert all(f"## {step}\n" in text and book[step]["rows"] for step in steps)
+    undisturbed, stopped = (row["training loss"] for row in book["resume"]["rows"])
+    assert undisturbed == pytest.approx(stopped, rel=1e-6)
+    assert "passed" in book["model_tests"]["rows"][0]["result"]
+
+
+def test_the_runbook_stops_where_the_gradients_are_wrong_and_at_no_other_failure(monkeypatch, capsys):
+    def gradients(options, settings):
+        """A compiled step against an eager one."""
+        return [{"query": "linear", "right": right}]
+
+    def generation(options, settings):
+        """Tokens a second."""
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(runbook, "STEPS", (gradients, generation))
+    for right, status, rows in ((True, 0, [{"failed": "RuntimeError: no memory"}]), (False, 1, None)):
+        assert bench.main(REHEARSAL) == status
+        book = json.loads(Path("r/gpu.json").read_text())
+        assert book.get("generation", {}).get("rows") == rows
+    assert "nothing else is measured" in capsys.readouterr().out

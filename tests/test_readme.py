@@ -2,12 +2,10 @@
 
 import importlib
 import json
-import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ import torch
 import prepare_data
 import sample
 import train
-from conftest import ROOT
+from conftest import ROOT, run
 from model import GPT, GPTConfig
 from utils.settings import read_command
 
@@ -116,11 +114,9 @@ def test_the_recipe_for_a_query_of_ones_own(tiny_config):
     source = (fork / "model.py").read_text(encoding="utf-8")
     (registry,) = re.findall(r"^QUERIES = .*$", source, re.M)
     (fork / "model.py").write_text(source.replace(registry, f"{registry}\n\n\n{snippet}"), encoding="utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "PYTHONPATH": str(fork)}
 
     def python(*arguments, **options):
-        command = [sys.executable, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, **options)
+        done = run(*arguments, environment={"PYTHONPATH": str(fork)}, **options)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

@@ -1,16 +1,18 @@
 """sample.py: what it prints, and what it refuses."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 
+import prepare_data
 import sample
 import train
 from conftest import run
 from model import GPT, GPTConfig
 from utils.checkpoint import RunFolder
-from utils.generation import for_generation
+from utils.generation import Int8Linear, for_generation
 from utils.settings import UserError
 from utils.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer
 
@@ -36,6 +38,7 @@ def test_it_prints_what_the_model_generates(a_run, capsys):
     assert rows[0] != rows[1]
     expected = ("\n" + "-" * 79 + "\n").join(tokenizer.decode(row).decode() for row in rows) + "\n"
     options = ["--num_samples=2", "--max_new_tokens=40", "--temperature=0.7", "--top_k=8", "--seed=5", "--device=cpu"]
+    options.insert(0, "--dtype=float32")
     assert printed(capsys, a_run, "--prompt=7 plus ", *options) == expected
     Path("p.txt").write_text("7 plus ")
     assert printed(capsys, a_run, "--prompt=FILE:p.txt", *options) == expected
@@ -51,13 +54,15 @@ def test_the_best_model_is_used_or_the_last(a_run):
     assert not best.training and (best.ln_f.weight == 7).all()
     Path(a_run, "best.pt").unlink()
     assert (sample.load_model(a_run, "cpu")[0].ln_f.weight != 7).all()
+    Path(a_run, "best.pt").write_bytes(b"not a checkpoint")
+    done = run("sample.py", a_run)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith("sample.py: ") and "best.pt" in done.stderr
 
 
 def test_bytes_that_make_up_a_character_are_printed_together(tiny_data, capsys):
     text = "日本語 😀 ünï\n" * 60
     Path("u.txt").write_text(text, encoding="utf-8")
-    import prepare_data
-
     prepare_data.main(["text", "--name=u", "--input", "u.txt", "--tokenizer=byte"])
     Path("u.py").write_text(
         "dataset, device = 'u', 'cpu'\nn_layer, n_head, n_embd, block_size = 1, 2, 32, 32\n"
@@ -81,6 +86,33 @@ def test_the_layout_for_generation_changes_no_value(mode):
     torch.testing.assert_close(model(idx)[0], same(idx)[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype, bits", [("bfloat16", 8), ("int8", 7)])
+def test_smaller_weights_change_the_logits_as_little_as_their_rounding_does(dtype, bits, bias):
+    torch.manual_seed(0)
+    exact = GPT(GPTConfig(16, 50, 2, 2, 64, bias=bias)).eval()
+    small = for_generation(copy.deepcopy(exact), dtype)
+    assert dtype == "bfloat16" or all(
+        type(small.get_submodule(n)) is Int8Linear for n in ("lm_head", "blocks.0.mlp.c_fc")
+    )
+    idx = torch.randint(50, (2, 16))
+    expected, found = exact(idx)[0], small(idx)[0].float()
+    error = ((found - expected).pow(2).mean() / expected.pow(2).mean()).sqrt().item()
+    assert 2**-12 < error < 8 * 2**-bits
+
+
+def test_an_int8_layer_is_the_product_with_its_rounded_weights():
+    layer = torch.nn.Linear(32, 24)
+    with torch.no_grad():
+        layer.weight[3] = 0  # a row of zeros has no scale
+    rounded, x = Int8Linear(layer), torch.randn(5, 3, 32).bfloat16()
+    weight = rounded.weight.double() * rounded.scale.double()[:, None]
+    step = layer.weight.abs().amax(1, keepdim=True) / 127
+    assert ((weight - layer.weight).abs() <= 0.51 * step + 1e-9).all()
+    expected = x.double() @ weight.T + rounded.bias.double()
+    torch.testing.assert_close(rounded(x).double(), expected, rtol=2e-2, atol=2e-2)
+
+
 def test_without_a_prompt_it_begins_as_documents_do():
     for tokenizer, expected in (
         (ByteTokenizer(True), [[256]]),
@@ -91,13 +123,3 @@ def test_without_a_prompt_it_begins_as_documents_do():
     assert sample.encode_prompt("\udcff", ByteTokenizer(False), 16).tolist() == [[255]]  # bytes as they were typed
     with pytest.raises(UserError, match=r"'\\n'.*not among"):
         sample.encode_prompt(None, CharTokenizer("ab", False), 16)
-
-
-def test_a_missing_or_damaged_run_is_told(a_run):
-    for folder in ("out/nowhere", "tiny.py"):
-        with pytest.raises(UserError, match=folder):
-            sample.main([folder])
-    Path(a_run, "best.pt").write_bytes(b"not a checkpoint")
-    done = run("sample.py", a_run)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("sample.py: ") and "best.pt" in done.stderr and done.stderr.count("\n") == 1

@@ -1,8 +1,9 @@
-"""Measure this machine: python -m tools.bench train | sample | data
+"""Measure this machine: python -m tools.bench train | sample | data | gpu
 
     train    training in the three query modes: tokens/s, share of what matrix products alone reach, first step, memory
     sample   greedy generation in the three query modes
     data     from an archive of OpenWebText to tokens, against tiktoken alone (in bench_data.py)
+    gpu      all that is to be known of this project on a GPU, in nine minutes (in runbook.py)
 
 --peer adds Hugging Face's GPT2LMHeadModel of the same shape (pip install transformers). What is compared runs in
 turns, after a warm-up; printed are medians, with the extremes in brackets.
@@ -13,6 +14,8 @@ import importlib.util
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -20,9 +23,12 @@ import torch
 
 import train
 from model import GPT, QUERIES, GPTConfig
+from prepare_data import Dataset
+from sample import load_model
 from tools.bench_data import bench_data, random_tokens, spread, timed
+from utils.checkpoint import RunFolder
 from utils.device import device_name, flops_per_token, peak_memory, resolve
-from utils.generation import for_generation
+from utils.generation import FORMATS, best_format, for_generation
 from utils.settings import Parser, UserError, run_program, short
 
 SHAPES = {
@@ -139,7 +145,10 @@ def print_training(shape, settings, first, seconds, peaks):
 
 
 def bench_sample(names, shape, settings, options):
-    models = {name: for_generation(make_model(name, shape).to(settings.device)) for name in names}
+    dtype = options.dtype or best_format(settings.device)
+    models = {name: make_model(name, shape).to(settings.device) for name in names}
+    for name, model in models.items():
+        for_generation(model, "float32" if name == PEER else dtype)  # the peer as its users have it
     prompt = torch.zeros(settings.batch_size, 1, dtype=torch.long, device=settings.device)
     rates = {name: [] for name in names}
     for turn in range(options.repeats + 1):
@@ -147,35 +156,59 @@ def bench_sample(names, shape, settings, options):
             seconds, idx = timed(lambda model=model: model.generate(prompt, options.new_tokens, temperature=0).cpu())
             if turn > 0:  # the first is the warm-up
                 rates[name].append(idx[:, 1:].numel() / seconds)
-    print(f"{options.new_tokens} new tokens a sequence, greedily, in float32")
+    print(f"{options.new_tokens} new tokens a sequence, greedily, in {dtype}; the peer in float32")
     for name in names:
         ratio = median(mine / linear for mine, linear in zip(rates[name], rates["linear"]))
         print(f"{name:15} {spread(rates[name]):26} tokens/s {ratio:6.2f} of linear")
 
 
+def print_format_losses(run, settings):
+    """How much the number formats of generation change a run's loss on the first 100,000 validation tokens."""
+    dataset, exact = RunFolder(run).read_json("config.json", "settings")["settings"]["dataset"], None
+    for dtype in FORMATS:
+        model, _ = load_model(run, settings.device, dtype)
+        autocast = "float32" if dtype == "float32" else "bfloat16"  # or the loss itself would be rounded
+        at = replace(settings, dtype=autocast, eval_tokens=100_000)
+        data = Dataset(dataset, model.config.block_size)
+        loss = train.evaluate(train.Objective(model), data, at)["val_loss"]
+        exact = exact or loss
+        print(f"{dtype:9} validation loss {loss:.5f} ({100 * (loss / exact - 1):+.3f} %)")
+
+
 def read_options(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train", "sample", "data"])
-    parser.add_argument("--shape", choices=SHAPES, default="small", help="train, sample: of the model")
+    parser.add_argument("what", choices=["train", "sample", "data", "gpu"])
+    parser.add_argument("--shape", choices=SHAPES, help="of the model; default small, on a GPU gpt3_small")
     parser.add_argument("--peer", action="store_true", help="train, sample: compare with transformers' GPT-2")
     parser.add_argument("--batch_size", type=int, help="train, sample: sequences at a time; default 8, 1")
-    parser.add_argument("--gradient_accumulation_steps", type=int, default=1, help="train: batches in a step")
+    parser.add_argument("--gradient_accumulation_steps", type=int, help="train: batches in a step; default 1, gpu 8")
     parser.add_argument("--device", help="train, sample: cpu, cuda, cuda:N or mps; default the first there is")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="train: default as train.py")
+    formats = sorted({"float16", *FORMATS})
+    parser.add_argument("--dtype", choices=formats, help="train, sample: default as train.py and sample.py")
+    parser.add_argument("--run", help="sample: only tell how much its formats change the validation loss of this run")
     parser.add_argument("--compile", choices=["true", "false"], help="train: default as train.py")
     parser.add_argument("--profile", action="store_true", help="train: where the nonlinear steps' time goes")
     parser.add_argument("--new_tokens", type=int, default=240, help="sample: length")
     parser.add_argument("--seconds", type=float, default=1.0, help="train: about the length of a turn")
     parser.add_argument("--megabytes", type=float, default=400, help="data: of text")
-    parser.add_argument("--repeats", type=int, default=9, help="turns")
+    parser.add_argument("--repeats", type=int, help="turns; default 9, gpu 3")
+    parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="gpu: folder of gpu.json and gpu.md")
     options = parser.parse_args(argv)
+    defaults = {"batch_size": 1, "gradient_accumulation_steps": 1, "repeats": 9, "shape": "small"}
+    if options.what == "train":
+        defaults["batch_size"] = 8
+    if options.what == "gpu":
+        defaults |= {"gradient_accumulation_steps": 8, "repeats": 3, "shape": "gpt3_small"}
+    for name, default in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
     for name in ("batch_size", "gradient_accumulation_steps", "new_tokens", "seconds", "megabytes", "repeats"):
-        value = getattr(options, name)
-        if value is not None and value <= 0:
-            parser.error(f"--{name}={value} must be above 0")
+        if getattr(options, name) <= 0:
+            parser.error(f"--{name}={getattr(options, name)} must be above 0")
     if options.what == "sample" and options.new_tokens >= SHAPES[options.shape]["block_size"]:
         parser.error(f"--new_tokens={options.new_tokens} is not below the shape's block_size")
-    options.batch_size = options.batch_size or (8 if options.what == "train" else 1)
+    if options.what != "sample" and options.dtype == "int8":
+        parser.error("--dtype=int8 is for sample")
     options.compile = options.compile and options.compile == "true"
     return options
 
@@ -190,6 +223,12 @@ def main(argv=None):
     settings = resolve(train.Settings(**{name: getattr(options, name) for name in names}))
     print(f"{options.what}: {options.shape} {SHAPES[options.shape]}, batch {settings.batch_size}")
     print(f"{device_name(settings.device)}, torch {torch.__version__}", flush=True)
+    if options.what == "gpu":
+        from tools import runbook  # it imports this file
+
+        return runbook.run(options, settings)
+    if options.run:
+        return print_format_losses(options.run, settings)
     bench = bench_train if options.what == "train" else bench_sample
     bench([*QUERIES, PEER] if options.peer else [*QUERIES], SHAPES[options.shape], settings, options)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from utils.settings import UserError, out_of_memory
+from utils.settings import UserError, out_of_memory, short
 
 # ---------------------------------------------------------------------------------------------------
 # Devices.
@@ -100,6 +100,15 @@ def flops_per_token(model):
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     config = model.config
     return 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size
+
+
+def measure_speed(model, settings, seconds_per_step, tokens_per_step):
+    """What a step's time means -> {tokens_per_second, mfu (None where the peak is unknown)}, and words for a log line."""
+    speed = tokens_per_step / seconds_per_step
+    if not settings.peak_tflops:
+        return {"tokens_per_second": speed, "mfu": None}, f"{short(speed)} tok/s"
+    mfu = speed * flops_per_token(model) / (settings.peak_tflops * 1e12 * world_size())
+    return {"tokens_per_second": speed, "mfu": mfu}, f"{short(speed)} tok/s mfu {mfu:.0%}"
 
 
 def device_name(device):

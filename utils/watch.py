@@ -2,24 +2,27 @@
 
 import torch
 
+from utils.device import autocast, print0
 from utils.settings import UserError
 
 
 @torch.no_grad()
-def largest_attention_logit(model, idx):
-    """The largest q k / sqrt(head_size) over layers, heads and pairs of tokens that attention sees; idx (B, T).
+def largest_attention_logit(model, idx, settings):
+    """The largest q k / sqrt(head_size) over layers, heads and pairs of tokens that attention sees; idx (B, T). Prints it.
 
     In bf16 with flash attention it is large logits whose rounding errors add up until the loss blows up
     (arXiv:2510.04212).
     """
     T, largest = idx.size(1), torch.full((), -torch.inf, device=idx.device)
     unseen = torch.ones(T, T, dtype=torch.bool, device=idx.device).triu(1) & model.config.causal
-    x = model.wte(idx) + model.wpe.weight[:T]  # (B, T, d)
-    for block in model.blocks:
-        q, k, _ = block.attn.heads(block.ln_1(x))
-        logits = q @ k.mT / q.size(-1) ** 0.5  # (B, n_head, T, T)
-        largest = torch.maximum(largest, logits.masked_fill(unseen, -torch.inf).max().float())
-        x = block(x)
+    with autocast(settings):
+        x = model.wte(idx) + model.wpe.weight[:T]  # (B, T, d)
+        for block in model.blocks:
+            q, k, _ = block.attn.heads(block.ln_1(x))
+            logits = q @ k.mT / q.size(-1) ** 0.5  # (B, n_head, T, T)
+            largest = torch.maximum(largest, logits.masked_fill(unseen, -torch.inf).max().float())
+            x = block(x)
+    print0(f"    largest attention logit {largest.item():.1f}")
     return largest.item()
 
 
