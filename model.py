@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 @dataclass
 class GPTConfig:
-    """The architecture; the defaults are GPT-3 small with a nonlinear query. ValueError names a senseless setting."""
+    """The architecture; the defaults are GPT-3 small with a nonlinear query. ValueError names an invalid setting."""
 
     block_size: int = 1024  # longest sequence the model can see, in tokens
     vocab_size: int | None = 50304  # number of token ids; in train.py None: those of the data set
@@ -28,7 +28,7 @@ class GPTConfig:
     tie_weights: bool = True  # the output head reuses the token embedding
     query_mode: str = "nonlinear"  # linear | identity | nonlinear
     query_rank: int | None = None  # bottleneck r of the nonlinear query; None: n_embd // 2
-    query_activation: str | None = None  # gelu | none (the control with the same parameters); None: gelu
+    query_activation: str | None = None  # gelu | none (equal parameters, to tell what GELU does); None: gelu
     qk_norm: bool = False  # parameter-free RMSNorm of q and k, per head
     causal: bool = True  # False: every token sees every other one, as in an encoder
 
@@ -56,9 +56,9 @@ class GPTConfig:
 
 # The three queries. x (B, T, d) is the block's input after ln_1; all return q (B, T, d). Nothing else in the model
 # depends on the query mode, and the softmax scale is 1/sqrt(head_size) in every mode.
-# Without LayerNorms and skips a linear W_Q can be absorbed exactly by its neighbours (see the README), which leaves the
-# identity. So the paper spends the parameters of W_Q on a query that is not linear: the mean of x and f(x), which start
-# about equally large since each is the output of a LayerNorm. The identity query is that mean with f = 0.
+# Without LayerNorms and skips a linear W_Q can be absorbed exactly by its neighbours, which leaves the identity; with them
+# the identity is reported to train about as well. So the paper spends the parameters of W_Q on a query that is not linear:
+# the mean of x and f(x), which start equally large, since each leaves a LayerNorm. The identity query has f = 0.
 
 
 class LinearQuery(nn.Module):
@@ -187,8 +187,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The language model. Equal (config, seed) give bit-identical weights on every device, and what two query modes
-    share is bit-identical in both, since each parameter has a seed of its own."""
+    """The language model. Its weights are drawn on the CPU, each with a seed of its own, so equal (config, seed) give equal
+    weights on every device, and what two query modes share is equal in both."""
 
     def __init__(self, config, seed=0):
         super().__init__()
@@ -296,4 +296,4 @@ def derive_seed(seed, *key):
     """The seed for one use of randomness (a parameter, a step's batch, a step's dropout in each process): a fixed
     function of the run's seed and of that use's name. So no use can disturb another."""
     digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1  # torch takes seeds below 2**63
+    return int.from_bytes(digest[:8], "little") >> 1  # below 2**63, which every generator takes

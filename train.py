@@ -33,7 +33,7 @@ class Settings:
     # the run
     out_dir: str | None = None  # the run's folder; auto: out/<name of the config file>
     resume: bool = False  # go on with the run in out_dir
-    eval_only: bool = False  # evaluate once and stop; writes nothing
+    eval_only: bool = False  # evaluate the weights (with resume: the checkpoint's) and stop; writes nothing
     seed: int = 1337  # of weights, batches and dropout, each with random numbers of its own
     # data
     dataset: str = "openwebtext"  # a folder in data/; see prepare_data.py
@@ -74,12 +74,12 @@ def get_offsets(data, seed, step, n):
     return (raw % (data.n_tokens("train") - data.block_size)).astype(np.int64)
 
 
-def get_batch(data, split, offsets, stop, device):
-    """Windows at offsets (n,) -> inputs and targets, (n, block_size) each; a target at or past stop is -1."""
+def get_batch(data, split, offsets, end, device):
+    """Windows at offsets (n,) -> inputs and targets, (n, block_size) each; a target at or past end is -1."""
     tokens = data.tokens(split)
     windows = np.full((len(offsets), data.block_size + 1), -1, np.int64)
     for window, offset in zip(windows, offsets):
-        part = tokens[offset : min(offset + data.block_size + 1, stop)]
+        part = tokens[offset : min(offset + data.block_size + 1, end)]
         window[: len(part)] = part
     largest = int(windows.max())
     if largest >= data.vocab_size:
@@ -99,11 +99,9 @@ def get_batch(data, split, offsets, stop, device):
 
 
 class Objective(torch.nn.Module):
-    """What is minimised: here the mean cross-entropy of the next token.
-
-    It is this that is compiled. Were the logits an output, too, a backward pass would write and read a gradient of
-    zeros as large as they are.
-    """
+    """What is minimised: the mean cross-entropy of the next token. Another objective goes here, and its weighting into
+    `evaluate`. It returns the loss alone: with logits as a second output, the compiled step would write and read a
+    gradient of zeros for them."""
 
     def __init__(self, model):
         super().__init__()
@@ -124,8 +122,8 @@ def get_lr(settings, step):
     if step >= settings.lr_decay_iters:
         return settings.min_lr
     done = (step - settings.warmup_iters) / (settings.lr_decay_iters - settings.warmup_iters)  # 0 to 1
-    share = 1 - done if settings.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return settings.min_lr + share * (settings.learning_rate - settings.min_lr)
+    coeff = 1 - done if settings.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return settings.min_lr + coeff * (settings.learning_rate - settings.min_lr)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -134,7 +132,7 @@ def get_lr(settings, step):
 
 @torch.no_grad()
 def evaluate(objective, data, settings):
-    """Mean loss in nats over the tokens of val.bin (the first eval_tokens), perplexity, and bits per byte of text.
+    """Mean loss in nats per token over the tokens of val.bin (the first eval_tokens), perplexity, and bits per byte of text.
 
     The windows tile the file, so that every token but the first is predicted once, whatever the
     batch size and the number of processes.
@@ -203,7 +201,7 @@ def check_finite(value, run, step, settings):
         kept = "the last checkpoint is kept" if run.holds("ckpt.pt") else "there is no checkpoint yet"
         raise UserError(
             f"the loss is not finite at step {step}; {kept}. A lower learning_rate "
-            f"(now {settings.learning_rate:g}) or a longer warm-up (now {settings.warmup_iters}) may help"
+            f"(now {settings.learning_rate:g}), a longer warm-up (now {settings.warmup_iters}) or --qk_norm may help"
         )
 
 
@@ -239,7 +237,7 @@ def train(settings, config, command):
     def log(**values):
         run.log({"step": state["step"], **values, "seconds": round(seconds(), 3)})
 
-    def save(name):  # ckpt.pt is all that resuming needs, best.pt the model alone
+    def save(name):  # ckpt.pt is all that resuming needs; best.pt has no optimizer
         checkpoint = {"model": model.state_dict(), "config": asdict(config), "tokenizer": data.tokenizer}
         checkpoint["state"] = {**state, "seconds": seconds()}
         if name == "ckpt.pt":
@@ -270,8 +268,9 @@ def train(settings, config, command):
                 began = time.perf_counter()
                 val = evaluate(objective, data, settings)
                 check_finite(health + val["val_loss"], run, step, settings)  # so that no bad weights are saved
-                best, state["val"] = val["val_loss"] < state["best_val_loss"], {"step": step, **val}
+                best = val["val_loss"] < state["best_val_loss"]
                 state["best_val_loss"] = min(val["val_loss"], state["best_val_loss"])
+                state["val"] = {"step": step, **val}
                 log(**val)
                 words = f"perplexity {val['perplexity']:.2f} bits/byte {val['bits_per_byte']:.3f}"
                 words += f" in {time.perf_counter() - began:.1f} s"
@@ -306,7 +305,8 @@ def train(settings, config, command):
                     state["timed_seconds"] += elapsed
                     speed, words = measure_speed(model, settings, elapsed / steps, tokens_per_step)
                     words += f" {clock((settings.max_iters - step) * elapsed / steps)} left"
-                lr, watched = get_lr(settings, step - 1), {}
+                lr = get_lr(settings, step - 1)
+                watched = {}
                 if settings.watch:
                     offsets = get_offsets(data, settings.seed, step, 1)
                     x, _ = get_batch(data, "train", offsets, data.n_tokens("train"), settings.device)
@@ -335,7 +335,7 @@ def main(argv=None):
         print("\nsettings of the model:", list_settings(GPTConfig), sep="\n")
         return 0
     settings, config = read_command(argv, Settings, GPTConfig)
-    settings = resolve(settings)
+    settings = resolve(settings)  # what is still None ("auto") gets its value
     with processes(settings):
         return train(settings, config, launch_command("train.py", argv))
 

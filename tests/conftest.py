@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 import prepare_data
 import train
+from model import GPT
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"  # real data for tests, where it exists
@@ -82,6 +84,17 @@ def prepare_tiny(text=TEXT):
     prepare_data.main(["text", "--name=tiny", "--input", "tiny.txt", "--tokenizer=char"])
 
 
+def parameter_report(config):
+    """Of a model without values, with as many tokens as there are bytes unless it says."""
+    with torch.device("meta"):
+        return GPT(replace(config, vocab_size=config.vocab_size or 257)).parameter_report()
+
+
+def files(folder="."):
+    """{path: content} of what is in a folder; a folder has none."""
+    return {path: path.is_file() and path.read_bytes() for path in Path(folder).rglob("*")}
+
+
 def metrics(folder, key):
     """{step: value} from metrics.jsonl."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
@@ -97,16 +110,13 @@ def checkpoint(folder, name="ckpt.pt"):
 def assert_same(a, b, at=""):
     """Bit for bit, all the way down."""
     assert type(a) is type(b), at
-    if isinstance(a, dict):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), at
+    elif isinstance(a, (dict, list)):
+        a, b = (x if isinstance(x, dict) else dict(enumerate(x)) for x in (a, b))
         assert a.keys() == b.keys(), at
         for key in a:
             assert_same(a[key], b[key], f"{at}.{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), at
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_same(x, y, f"{at}[{i}]")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), at
     else:
         assert a == b, at
 

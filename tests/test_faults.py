@@ -15,6 +15,7 @@ from utils.settings import UserError
 from conftest import ROOT, assert_same, assert_same_run, checkpoint, run, start
 from utils.checkpoint import RunFolder
 
+LONG = ["--max_iters=100000", "--eval_interval=50000", "--eval_tokens=16"]
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and POSIX signals")
 
 
@@ -132,7 +133,7 @@ def test_token_ids_beyond_the_vocabulary_are_never_trained_on(tiny_config):
 
 @slow
 def test_two_runs_in_one_folder_at_once_are_refused(tiny_config):
-    flags = [tiny_config, "--max_iters=100000", "--eval_interval=50000", "--eval_tokens=16"]
+    flags = [tiny_config, *LONG]
     first = start("train.py", *flags)
     try:
         assert any(line.startswith("step 2/") for line in first.stdout)
@@ -190,9 +191,6 @@ def two_ranks(tiny_config):
     yield start_both
     for process in ranks:
         process.kill()
-
-
-LONG = ["--max_iters=100000", "--eval_interval=50000", "--eval_tokens=16"]
 
 
 @slow

@@ -8,6 +8,7 @@ import torch
 
 import sample
 import train
+from test_model import gelu_ref, norm_ref
 from tools import import_checkpoint
 from utils.checkpoint import RunFolder
 from utils.settings import UserError
@@ -59,11 +60,7 @@ def forward(checkpoint, idx):
         return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
 
     def norm(x, name):
-        x = x - x.mean(-1, keepdim=True)
-        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * w[f"{name}.weight"] + w.get(f"{name}.bias", 0.0)
-
-    def gelu(x):
-        return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+        return norm_ref(x, w[f"{name}.weight"], w.get(f"{name}.bias", 0.0))
 
     x = w["transformer.wte.weight"][idx] + w["transformer.wpe.weight"][: idx.size(1)]
     for n in range(LAYERS):
@@ -78,14 +75,14 @@ def forward(checkpoint, idx):
         elif mode == "residual":
             q = h + stacked[0]
         else:
-            rms = h / (h.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * w[f"{a}.residual_rmsnorm_input.weight"]
-            inner = linear(gelu(linear(rms, f"{a}.residual_in")), f"{a}.residual_out")
+            rms = norm_ref(h, w[f"{a}.residual_rmsnorm_input.weight"], centre=False)
+            inner = linear(gelu_ref(linear(rms, f"{a}.residual_in")), f"{a}.residual_out")
             q = h + norm(inner, f"{a}.residual_layernorm_output")
         q, k, v = (t.unflatten(-1, (HEADS, head)).transpose(1, 2) for t in (q, k, v))
         scores = (q @ k.mT * scale).masked_fill(torch.ones(idx.size(1), idx.size(1)).triu(1).bool(), -math.inf)
         x = x + linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), f"{a}.c_proj")
         h = norm(x, f"transformer.h.{n}.ln_2")
-        x = x + linear(gelu(linear(h, f"transformer.h.{n}.mlp.c_fc")), f"transformer.h.{n}.mlp.c_proj")
+        x = x + linear(gelu_ref(linear(h, f"transformer.h.{n}.mlp.c_fc")), f"transformer.h.{n}.mlp.c_proj")
     return norm(x, "transformer.ln_f") @ w["lm_head.weight"].T
 
 
@@ -124,10 +121,6 @@ def test_an_untied_head_and_old_masks_are_understood(tiny_data):
     assert torch.equal(model.lm_head.weight, checkpoint["model"]["lm_head.weight"])
 
 
-def without(name):
-    return lambda c: c["model"].pop(name)
-
-
 @pytest.mark.parametrize(
     "mode, change, words",
     [
@@ -143,7 +136,7 @@ def without(name):
         ("residual_gelu", lambda c: c["model_args"].update(scale=1.0), "scale=1.0"),
         ("identity", lambda c: c["model"].update(extra=torch.ones(2)), "the tensor extra is not understood"),
         ("identity", lambda c: c["model"].update({"transformer.wpe.weight": "text"}), "wpe.weight is missing"),
-        ("identity", without("transformer.ln_f.weight"), "transformer.ln_f.weight is missing"),
+        ("identity", lambda c: c["model"].pop("transformer.ln_f.weight"), "transformer.ln_f.weight is missing"),
         ("identity", lambda c: c["model"].update({"transformer.ln_f.weight": torch.ones(3)}), "(3,), not (24,)"),
         ("identity", lambda c: c["model"].update({"lm_head.weight": torch.ones(20, D)}), "lm_head.weight differs"),
     ],

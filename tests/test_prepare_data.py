@@ -149,16 +149,12 @@ def test_text_that_reads_like_a_special_token_is_text(gpt2_vocabulary, monkeypat
                 GPT2Tokenizer(True)
 
 
-def test_a_failed_download_says_so_and_leaves_nothing_behind(monkeypatch):
+def test_what_cannot_be_fetched_is_told_and_leaves_nothing_behind(monkeypatch):
     monkeypatch.setattr(prepare_data, "SHAKESPEARE_URL", "http://127.0.0.1:9/input.txt")  # nothing listens there
-    with pytest.raises(UserError, match=r"could not fetch http://127.0.0.1:9/input.txt .*--input"):
-        prepare_data.main(["shakespeare_char"])
-    assert not list(Path().glob("data/*"))
-
-
-def test_a_missing_gpt2_vocabulary_names_the_variable_to_set(monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: open("no/route"))
     Path("t").write_text("some text\n" * 100)
-    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
-        prepare_data.main(["text", "--name=x", "--input", "t"])
-    assert not list(Path().glob("data/*"))
+    failed = r"could not fetch http://127.0.0.1:9/input.txt .*--input"
+    for command, words in (("shakespeare_char", failed), ("text --name=x --input t", "TIKTOKEN_CACHE_DIR")):
+        with pytest.raises(UserError, match=words):
+            prepare_data.main(command.split())
+        assert not list(Path().glob("data/*"))

@@ -9,13 +9,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 
 import prepare_data
 import sample
 import train
-from conftest import ROOT, run
-from model import GPT, GPTConfig
+from conftest import ROOT, parameter_report, run
+from model import GPTConfig
 from utils.settings import read_command
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -130,23 +129,20 @@ def test_the_recipe_for_a_query_of_ones_own(tiny_config):
     assert Path("out/gated/summary.json").exists()
 
 
-def total_parameters(config):
-    config.vocab_size = config.vocab_size or 257
-    with torch.device("meta"):
-        return GPT(config).parameter_report()
-
-
-def test_the_parameters_in_the_tables():
+def test_the_configs_and_the_parameters_in_the_tables():
     modes = re.findall(r"^\| `(\w+)` \|.*\| ([\d,]+) \|$", README, re.M)
     assert len(modes) == 3
     for mode, count in modes:
-        assert total_parameters(GPTConfig(query_mode=mode))["query_path"] == 12 * int(count.replace(",", ""))
-    rows = re.findall(r"^\| .*\[(\w+)\]\(config/\1\.py\) \| (.*?) \|", README, re.M)
-    assert {name for name, _ in rows} == {path.stem for path in (ROOT / "config").glob("[!_]*.py")}
-    for name, text in rows:
-        _, config = read_command([f"{ROOT}/config/{name}.py"], train.Settings, GPTConfig)
+        assert parameter_report(GPTConfig(query_mode=mode))["query_path"] == 12 * int(count.replace(",", ""))
+    rows = dict(re.findall(r"^\| .*\[(\w+)\]\(config/\1\.py\) \| (.*?) \|", README, re.M))
+    assert rows.keys() == {path.stem for path in (ROOT / "config").glob("[!_]*.py")}
+    for name, text in rows.items():
+        settings, config = read_command([f"{ROOT}/config/{name}.py"], train.Settings, GPTConfig)
+        total = parameter_report(config)["total"]  # which builds it, too
         for number in re.findall(r"\d{1,3}(?:,\d{3})+", text):
-            assert int(number.replace(",", "")) == total_parameters(config)["total"]
+            assert int(number.replace(",", "")) == total
+        header = (ROOT / f"config/{name}.py").read_text(encoding="utf-8").splitlines()[0]
+        assert header.startswith("#") and len(header) > 20 and settings.out_dir == str(Path("out", name))
 
 
 def test_the_file_tree_is_complete():
