@@ -450,6 +450,6 @@ def test_the_pilot_in_the_readme_is_that_of_its_records():
         run = json.loads(line)
         settings = run["config"]["settings"]
         key = (settings["max_iters"], run["arm"], *(settings[k] for k in ("learning_rate", "warmup_iters", "beta2")))
-        found[*key, settings["grad_clip"], run["seed"]] = round(run["summary"]["final_val_loss"], 4)
+        found[(*key, settings["grad_clip"], run["seed"])] = round(run["summary"]["final_val_loss"], 4)
         assert min(loss for _, loss, _ in run["curve"]) < 2.2
     assert told == found
