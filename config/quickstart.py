@@ -1,5 +1,5 @@
 # The first run: a small GPT with a nonlinear query learns to write Python from its own standard library.
-# Needs no GPU and no network. Two cores of an AMD EPYC (AVX2): 1:54 (torch 2.15.0), validation loss 1.465
+# Needs no GPU and no network. Two cores of an AMD EPYC (AVX2), torch 2.14.1: 1:22, validation loss 1.470
 # (the text depends on the version of Python; 3.11.7 there).
 
 dataset = "stdlib"  # as bytes; prepared on first use

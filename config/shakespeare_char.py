@@ -1,5 +1,5 @@
 # Tiny Shakespeare by characters with a nonlinear query, sized for less than two minutes on two CPU cores.
-# Downloads 1 MB on first use. Two cores of an AMD EPYC (AVX2): 1:51 (torch 2.15.0), validation loss 1.696.
+# Downloads 1 MB on first use. Two cores of an AMD EPYC (AVX2), torch 2.14.1: 1:18, validation loss 1.697.
 
 dataset = "shakespeare_char"
 query_mode = "nonlinear"

@@ -158,8 +158,6 @@ class Study:
         before = path.read_bytes() if path.exists() else b""
         with new_file(path) as f:
             f.write(before + line.encode())
-            f.flush()
-            os.fsync(f.fileno())  # the run's own folder is deleted next
         self.records[run] = record
 
 

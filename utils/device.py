@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from utils.settings import UserError, out_of_memory, short
+from utils.settings import UserError, out_of_memory, short, tell
 
 # ---------------------------------------------------------------------------------------------------
 # Devices.
@@ -143,14 +143,21 @@ def processes(settings):
     if settings.gradient_accumulation_steps % n:
         steps = settings.gradient_accumulation_steps
         raise UserError(f"gradient_accumulation_steps={steps} cannot be shared by {n} processes", status=2)
-    with explained_errors(settings):
-        if on_cuda:
-            torch.cuda.set_device(settings.device)
-            torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
-        if n > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
-        yield
-    if dist.is_initialized():  # not after an error, which the other processes may not have had: it waits for them
+    try:
+        with explained_errors(settings):
+            if on_cuda:
+                torch.cuda.set_device(settings.device)
+                torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
+            if n > 1:
+                dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
+            yield
+    except UserError as e:
+        if n == 1:
+            raise
+        os._exit(
+            tell(e)
+        )  # at once: to leave in order would wait for processes that had no error, or abort without them
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -47,8 +47,13 @@ def run_program(main):
             e = UserError("out of memory: do less at a time (--num_samples, --batch_size), or a smaller model")
         if not isinstance(e, (UserError, OSError)):
             raise
-        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
-        sys.exit(getattr(e, "status", 1))
+        sys.exit(tell(e))
+
+
+def tell(error):
+    """Print a mistake in one line -> the exit status."""
+    print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+    return getattr(error, "status", 1)
 
 
 def out_of_memory(e):
