@@ -304,7 +304,7 @@ def train(settings, config, command):
                     state["timed_steps"] += steps
                     state["timed_seconds"] += elapsed
                     speed, words = measure_speed(model, settings, elapsed / steps, tokens_per_step)
-                    words += f" {clock((settings.max_iters - step) * elapsed / steps)} left"
+                    words += f" eta {clock((settings.max_iters - step) * elapsed / steps)}"
                 lr = get_lr(settings, step - 1)
                 watched = {}
                 if settings.watch:
