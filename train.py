@@ -306,13 +306,13 @@ def train(settings, config, command):
                     speed, words = measure_speed(model, settings, elapsed / steps, tokens_per_step)
                     words += f" eta {clock((settings.max_iters - step) * elapsed / steps)}"
                 lr = get_lr(settings, step - 1)
+                print0(f"step {step}/{settings.max_iters} loss {loss:.4f} lr {lr:.1e} norm {norm:.2f} {words}")
                 watched = {}
                 if settings.watch:
                     offsets = get_offsets(data, settings.seed, step, 1)
                     x, _ = get_batch(data, "train", offsets, data.n_tokens("train"), settings.device)
                     watched["largest_logit"] = largest_attention_logit(model, x, settings)
                 log(train_loss=loss, learning_rate=lr, grad_norm=norm, **speed, **watched)
-                print0(f"step {step}/{settings.max_iters} loss {loss:.4f} lr {lr:.1e} norm {norm:.2f} {words}")
                 timer_step, timer = step, time.perf_counter()
 
             # Stop where a signal asks for it. One to any process stops all; the GPU is not waited for.
