@@ -13,7 +13,7 @@ import torch
 import train
 from utils.settings import UserError
 from conftest import ROOT, assert_same, assert_same_run, checkpoint, run, start
-from utils.checkpoint import RunFolder
+from utils.checkpoint import RunFolder, reading
 
 LONG = ["--max_iters=100000", "--eval_interval=50000", "--eval_tokens=16"]
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and POSIX signals")
@@ -119,6 +119,11 @@ def test_a_checkpoint_that_is_damaged_is_named(tiny_config, whole_run):
         damage(checkpoint)
         folder.save("ckpt.pt", checkpoint)
         refused(words)
+
+
+def test_memory_that_runs_out_while_reading_is_not_blamed_on_the_file():
+    with pytest.raises(torch.OutOfMemoryError), reading("out/tiny/ckpt.pt"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_token_ids_beyond_the_vocabulary_are_never_trained_on(tiny_config):

@@ -22,7 +22,7 @@ import torch
 
 from utils.device import barrier, device_name, peak_memory, print0, world_size
 from utils.files import locked, new_file
-from utils.settings import UserError, clock
+from utils.settings import UserError, clock, out_of_memory
 
 # What may differ when a run is resumed: nothing here changes what a step computes, but for rounding.
 # The two factors of a step's size may change where their product does not.
@@ -169,6 +169,8 @@ def reading(path, kind="a checkpoint"):
     try:
         yield
     except Exception as e:  # torch raises many kinds for a file that is not one of its own
+        if out_of_memory(e):  # the file is not to blame
+            raise
         reason = " ".join(f"{type(e).__name__}: {e}".split())
         hint = "it is damaged or another program's: put a good copy in its place"
         raise UserError(f"{path} cannot be read as {kind} ({reason:.200}); {hint}") from None
