@@ -212,10 +212,11 @@ class GPT(nn.Module):
         if name.endswith("bias"):
             parameter.zero_()
         elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-            parameter.fill_(1.0)
+            parameter.fill_(getattr(module, "init_gain", 1.0))
         elif not parameter.is_meta:  # a meta tensor has no values: the model is only built to count parameters
-            # 2 n_layer writes to the residual stream add up; so scaled, their sum does not grow with the depth.
-            std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
+            std = getattr(module, "init_std", 0.02)  # a query of one's own may set init_std, and a norm's init_gain
+            if name.endswith("c_proj.weight"):  # 2 n_layer writes to the residual stream add up, to as much at any depth
+                std /= math.sqrt(2 * self.config.n_layer)
             generator = torch.Generator().manual_seed(derive_seed(seed, name))
             values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
             parameter.copy_(values.normal_(0.0, std, generator=generator))

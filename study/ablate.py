@@ -1,68 +1,116 @@
-"""Compare arms fairly: python -m study.ablate CONFIG [--arm=A,B,...] [--key=v1,v2,... ...] [options]
+"""Compare arms fairly: python -m study.ablate CONFIG [--arm=A,B,...] [--key=v1,v2,... ...] [options], or @PLAN, a file of these
 
 An arm is a row of the table below or, without --arm, each combination of the other keys; the first is the baseline.
-Each is run at each learning_rate with each seed. The same command continues where it was stopped.
-
-With --tune=SEEDS the seeds of --seed measure each arm at its own best rate: the first of SEEDS halves and doubles the
-given rates until the best lies between two others; then the rate with the lowest mean so far gets the next of them.
+Each is compared at its own best learning rate: the first tuning seed (--tune) tries the given rates and more in steps of
+sqrt(2), until the best lies between two others; the best, and one as good up to noise, get the other tuning seeds. Then
+the seeds of --seed measure the arm there. The same command continues where it was stopped.
 """
 
 import argparse
 import contextlib
 import itertools
 import shlex
+import statistics
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
-from model import GPT, QUERIES, GPTConfig
-from study.plan import Study, final_loss, go, last_line, start, tidy
+from model import GPT, GPTConfig
 from train import Settings
 from utils.checkpoint import RunFolder
 from utils.files import locked
-from utils.settings import Parser, UserError, clock, convert, read_command, run_program, setting_types, split_command
+from utils.settings import Parser, UserError, checked, clock, convert, read_command, run_program, setting_types
+from utils.settings import split_command
+
+try:
+    from study import report, runs, stats
+    from study.plan import Run, Study
+    from study.queries import QUERIES
+except ImportError as e:
+    if e.name not in ("scipy", "matplotlib"):
+        raise
+    sys.exit("ablate.py: a study needs scipy and matplotlib: pip install scipy matplotlib")
 
 KINDS = setting_types(Settings, GPTConfig)
 NOT_FOR_A_GRID = {"out_dir", "resume", "eval_only", "device"}
-SIX_STEPS = ["--max_iters=6", "--eval_interval=6", "--eval_tokens=1", "--log_interval=6", "--wandb_log=false"]
 
 
 def named_arms(d):
     """The arms by name, for a model of width d: what each sets. A fork adds its own in one line."""
     return {mode: {"query_mode": mode} for mode in QUERIES} | {
+        "identity_mlp": {"query_mode": "identity", "mlp_hidden": 9 * d // 2},  # the d² of W_Q in the MLP: of equal size
         "nonlinear_no_gelu": {"query_mode": "nonlinear", "query_activation": "none"},
         "linear_wide": {"query_mode": "linear", "mlp_hidden": 19 * d // 4},  # 12.5 % more non-embedding parameters
         "linear_qk_norm": {"query_mode": "linear", "qk_norm": True},
+        "nonlinear_qk_norm": {"query_mode": "nonlinear", "qk_norm": True},
     }
 
 
+class PlanParser(Parser):
+    """A Parser for @PLAN: flags as in a shell, over several lines, with comments behind #."""
+
+    def convert_arg_line_to_args(self, line):
+        return shlex.split(line, comments=True)
+
+
 def read_options(argv):
-    """Command line -> (Study, whether to list its runs only)."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    """Command line -> (Study, other options)."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = PlanParser(description=__doc__, formatter_class=form, allow_abbrev=False, fromfile_prefix_chars="@")
+    positive = checked(float, lambda x: 0 < x < 100, "is not between 0 and 100")
     parser.add_argument("config", help="config file of train.py that all runs start from")
     parser.add_argument("--arm", help=f"arms by name: {', '.join(named_arms(0))}")
-    parser.add_argument("--tune", metavar="SEEDS", help="find each arm's best rate with these seeds")
+    parser.add_argument(
+        "--compare", help="A:B,C:D,...: the first is the primary comparison; default: all with the first"
+    )
+    parser.add_argument(
+        "--tune", metavar="SEEDS", default="1,2", help="default: 1,2; empty: all arms at one given rate"
+    )
+    parser.add_argument(
+        "--margin", type=positive, default=0.5, help="of equivalence, in percent of the loss; default: 0.5"
+    )
+    parser.add_argument("--half-width", type=positive, help="of all intervals, in percent: six seeds measure, then two more "
+                        "at a time until it is reached; default: all seeds of --seed measure")  # fmt: skip
+    parser.add_argument("--spread", type=positive, default=0.5, help="standard deviation of a run's loss, in percent, "
+                        "from a pilot; default: 0.5")  # fmt: skip
     parser.add_argument("--devices", help="one run at a time on each: cuda:0,cuda:1 or cpu,cpu; default: one")
     parser.add_argument("--out", type=Path, help="the study's folder; default: study/results/NAME_OF_CONFIG")
-    parser.add_argument("--dry-run", action="store_true", help="list the runs and what they cost; run nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list the runs, what they cost and can find; run nothing"
+    )
+    parser.add_argument("--speed", action="store_true", help="measure the arms' tokens/s in turns, for the report")
     options, rest = parser.parse_known_args(argv)
     words, flags = split_command(rest, KINDS)
     if words:
         parser.error(f"{words[0]!r} is not understood; a setting is written --key=v1,v2")
     axes = {key: read_values(key, values) for key, values in flags.items()}
     settings, config = read_command([options.config], Settings, GPTConfig)
-    rates, seeds = axes.pop("learning_rate", [settings.learning_rate]), axes.pop("seed", [settings.seed])
+    rates, seeds = axes.pop("learning_rate", [settings.learning_rate]), axes.pop("seed", [3, 4, 5, 6, 7, 8])
     tuning_seeds = read_values("seed", options.tune) if options.tune else []
     if set(seeds) & set(tuning_seeds):
         parser.error(f"--tune={options.tune} and --seed share a seed; what finds a rate must not measure it")
+    if not tuning_seeds and len(rates) > 1:
+        parser.error("several rates need --tune=SEEDS to choose one for each arm")
     devices = options.devices.split(",") if options.devices else [settings.device]
     if "" in devices:
         parser.error(f"--devices={options.devices} names an empty device")
     arms = make_arms(options.arm.split(",") if options.arm else [], axes, config.n_embd)
-    folder = options.out or Path("study/results") / Path(options.config).stem
-    return Study(options.config, arms, rates, tuning_seeds, seeds, folder, devices), options.dry_run
+    study = Study(
+        config=options.config,
+        arms=arms,
+        learning_rates=sorted(rates),
+        tuning_seeds=tuning_seeds,
+        seeds=seeds,
+        comparisons=read_pairs(options.compare, list(arms)),
+        margin=options.margin,
+        half_width=options.half_width,
+        spread=options.spread,
+        folder=options.out or Path("study/results") / Path(options.config).stem,
+        devices=devices,
+    )
+    return study, options
 
 
 def read_values(key, text):
@@ -73,6 +121,15 @@ def read_values(key, text):
     if len(set(values)) < len(values):
         raise UserError(f"--{key}={text} names a value twice", status=2)
     return values
+
+
+def read_pairs(text, arms):
+    """A:B,C:D -> [[A, B], [C, D]]; without a text, each arm with the first."""
+    pairs = [pair.split(":") for pair in text.split(",")] if text else [[arm, arms[0]] for arm in arms[1:]]
+    for pair in pairs:
+        if len(pair) != 2 or pair[0] == pair[1] or not set(pair) <= set(arms):
+            raise UserError(f"--compare={':'.join(pair)} is not two of the arms {', '.join(arms)}", status=2)
+    return pairs
 
 
 def make_arms(names, axes, d):
@@ -93,55 +150,71 @@ def make_arms(names, axes, d):
 
 
 def print_runs(study):
-    """Print every run that is known so far, its parameters, and how long the rest will take."""
-    runs = study.runs()
-    width = max(len(str(run)) for run in runs)
+    """Print every run that is known so far, its parameters, how long the rest will take, and what it can tell."""
+    known = study.runs()
+    width = max(len(str(run)) for run in known)
     print(f"{'run':{width}} {'parameters':>13} {'non-embedding':>13} {'query path':>11}")
     for arm in study.arms:
-        of_arm = [run for run in runs if run.arm == arm]
+        of_arm = [run for run in known if run.arm == arm]
         with torch.device("meta"):
-            model = GPT(GPTConfig(**study.expected(of_arm[0], study.devices[0])["model"]))
+            model = GPT(runs.settings_of(study, of_arm[0], study.devices[0])[1])
         counts = "{total:13,} {non_embedding:13,} {query_path:11,}".format(**model.parameter_report())
         for run in of_arm:
-            loss = f"{final_loss(study.records[run]):.4f}" if run in study.records else "to run"
-            print(f"{run!s:{width}} {counts}  {loss.replace('inf', 'diverged')}")
+            done = run in study.records
+            words = study.failure(run) or f"{study.records[run]['summary']['final_val_loss']:.4f}" if done else "to run"
+            print(f"{run!s:{width}} {counts}  {words}")
     if study.to_go():
-        seconds, at_a_time = trial(study, runs[0]), len(study.devices)
+        settings, config, _ = runs.settings_of(study, known[0], study.devices[0])
+        tokens = settings.max_iters * settings.batch_size * settings.gradient_accumulation_steps * config.block_size
+        seconds, at_a_time = tokens / speed_of(study, known[0], 6), len(study.devices)
         whole = clock(study.to_go() * seconds / at_a_time)
-        print(f"{study.to_go()} to go, {whole}, {clock(seconds)} each, {at_a_time} at a time")
+        print(f"at least {study.to_go()} to go, {whole}, {clock(seconds)} each, {at_a_time} at a time")
+    arms = len(study.arms)
+    print(f"if a run's loss has a standard deviation of {study.spread:g} % (--spread):")
+    for n in sorted({n for n in (len(study.measuring_seeds()), len(study.seeds)) if n > 1}):
+        wide, found = stats.half_width(study.spread, n, arms), stats.detectable(study.spread, n, arms)
+        print(f"{n} seeds give intervals of ± {wide:.2f} %, and find a difference of {found:.2f} % in 4 of 5 studies")
+    print(f"± {study.margin:g} % (--margin) takes {stats.seeds_for(study.spread, study.margin, arms)} seeds")
 
 
-def trial(study, run):
-    """The seconds that a run trains, judged by six steps of it; evaluations come on top."""
+def speed_of(study, run, steps):
+    """Tokens per second of a run, by some steps of it on the first device."""
+    short = [f"--max_iters={steps}", f"--eval_interval={steps}", "--eval_tokens=1", f"--log_interval={steps}"]
     with tempfile.TemporaryDirectory() as name:
         folder = RunFolder(name)
-        if start(study, run, study.devices[0], folder.path, SIX_STEPS).wait():
-            raise UserError(f"{run}: {last_line(folder.path / 'log.txt')}")
-        six = folder.read_json("summary.json")
-    steps = study.expected(run, study.devices[0])["settings"]["max_iters"]
-    return steps * six["tokens"] / 6 / six["tokens_per_second"]
+        if runs.start(study, run, study.devices[0], folder.path, [*short, "--wandb_log=false"]).wait():
+            raise UserError(f"{run}: {runs.last_line(folder.path / 'log.txt')}")
+        return folder.read_json("summary.json")["tokens_per_second"]
+
+
+def measure_speeds(study):
+    """Write speed.json: each arm's tokens/s, the median of three rounds in which they take turns."""
+    rounds = {arm: [] for arm in study.arms}
+    for arm in [*study.arms] * 3:
+        rounds[arm].append(speed_of(study, Run(arm, study.learning_rates[0], study.seeds[0]), 30))
+        print(f"{arm}: {rounds[arm][-1]:,.0f} tokens/s", flush=True)
+    RunFolder(study.folder).write_json("speed.json", {arm: statistics.median(rounds[arm]) for arm in rounds})
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    study, dry_run = read_options(argv)
-    with contextlib.nullcontext() if dry_run else locked(study.folder):
-        study.read()
-        study.check()
-        if dry_run:
+    study, options = read_options(argv)
+    with contextlib.nullcontext() if options.dry_run else locked(study.folder):
+        runs.read(study)
+        runs.check(study)
+        if options.dry_run:
             print_runs(study)
             return 0
-        try:
-            from study import report
-        except ImportError:  # told before the first run
-            raise UserError("the report needs scipy and matplotlib: pip install scipy matplotlib") from None
-        tidy(study)
-        about = {key: getattr(study, key) for key in ("config", "arms", "learning_rates", "tuning_seeds", "seeds")}
         command = shlex.join(["python", "-m", "study.ablate", *argv])
-        RunFolder(study.folder).write_json("study.json", {"command": command, **about})
+        runs.write_plan(study, command)
+        if not study.ngrams:
+            runs.count_ngrams(study)
+        if options.speed:
+            measure_speeds(study)
+        runs.tidy(study)
         print(f"{study.to_go()} to go", flush=True)
         try:
-            return go(study)
+            return runs.go(study)
         finally:
             if study.records:
                 report.write(study, command)

@@ -1,42 +1,47 @@
-"""What a study found, as report.md and rates.svg; every number in them is computed from the study's runs.jsonl."""
+"""What a study found, as report.md and rates.svg; every number in them is computed from the study's records."""
 
 import itertools
 import math
 import re
-import statistics
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.figure import Figure
-from scipy.stats import sem
-from scipy.stats import t as students_t
 
+from model import GPT, GPTConfig
+from study import stats
+from study.plan import final_loss
 from utils.checkpoint import RunFolder
+from utils.device import flops_per_token
 from utils.files import new_file
 
 COLOURS = ("#000000", "#56B4E9", "#D55E00", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#999999")  # Okabe and Ito's
-TUNED = "The best rate has the lowest mean with the seeds {seeds}, and other seeds measure it."
-NOT_TUNED = "The best rate has the lowest mean over the seeds, and the same seeds measure it, which flatters each arm."
-NOTE = """Validation loss in nats a token after the last step: mean ± standard deviation over n seeds. \
-Differences from {baseline} are paired by seed, since runs of one seed see the same batches (unless the study varies \
-the data or the batch); in brackets the 95 % interval of Student's t, not adjusted for the number of arms. Not \
-bracketed: no lower or no higher rate was tried. tokens/s: median over the arm's runs, relative to the baseline."""
-RATES = "Means, and in brackets the number of seeds; --tune gives more of them to the rates that look best."
 ABOUT = """Each: {max_iters} steps, {tokens} tokens of {source}; {n_layer} layers, d {n_embd}, {n_head} heads; {dtype}. \
 {device}; torch {torch}; commit {commit}."""
+PLAN = """Primary comparison: {primary}. Secondary: {secondary}.{later} Margin of equivalence: ± {margin:g} %. The seeds \
+{tuning} look for each arm's rate, from {rates} on in steps of √2; {measuring}. Expected standard deviation of a run: \
+{spread:g} %, so {n} seeds find a primary difference of {found:.2f} % in four of five studies."""
+NOTE = """Validation loss in nats a token after the last step: mean ± standard deviation over the measuring seeds. \
+Differences are in percent of the other arm's loss, lower is better; in brackets is the 95 % interval, from the variance \
+pooled over all arms ({sd:.4f} nats a run, or {percent:.2f} %, {df} degrees of freedom). {odd}Usable rates: their mean over the \
+tuning seeds is within 1 % of the best. Failed: runs that diverged or never learned, of all. MFLOP: of a training step, per \
+token. tokens/s: measured apart, in turns, relative to {baseline}."""
+VERDICTS = """p is of no difference, for the secondary comparisons Holm's; better or worse: p < 0.05. Equivalent: the 95 % \
+interval lies within the margin. No verdict rests on a run that failed."""
 
 
 def write(study, command):
     """Write report.md, and rates.svg into the study's folder."""
     left = f", {study.to_go()} or more to go" if study.to_go() else ""
-    chosen = TUNED.format(seeds=listed(study.tuning_seeds)) if study.tuning_seeds else NOT_TUNED
     parts = [f"# {study.folder.name}", f"```sh\n{command}\n```"]
     parts.append(f"{len(study.records)} runs{left}. {about([record['config'] for record in study.records.values()])}")
-    parts += ["## Each arm at its best rate", main_table(study)]
-    parts += [f"{chosen} {NOTE.format(baseline=next(iter(study.arms)))}", seed_table(study)]
-    parts += ["## Validation loss at each rate", rate_table(study), RATES, "![rates](rates.svg)"]
+    parts += ["## The plan", plan(study), "## The verdicts", verdict_table(study), VERDICTS]
+    parts += ["## Each arm at its best rate", arm_table(study), note(study), lines(study)]
+    parts += ["![Validation loss against the learning rate, every run a dot](rates.svg)", rate_table(study)]
+    parts += ["Mean over the tuning seeds, and in brackets how many.", seed_table(study)]
     draw(study)
-    RunFolder(study.folder).write_text("report.md", "\n\n".join(parts) + "\n")
+    RunFolder(study.folder).write_text("report.md", "\n\n".join(filter(None, parts)) + "\n")
     print(f"report: {study.folder / 'report.md'}")
 
 
@@ -54,84 +59,169 @@ def listed(values):
 
 
 def table(header, rows):
-    lines = [f"| {' | '.join(cells)} |" for cells in (["arm", *header], *rows)]
-    return "\n".join([lines[0], "|---" * (1 + len(header)) + "|", *lines[1:]])
+    rows = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows).replace("| --- ", "|---").replace("--- |", "---|")
 
 
-def main_table(study):
-    """One row an arm, at its best rate."""
-    base, rows, speeds = next(iter(study.arms)), [], {}
-    header = ["parameters", "non-embedding", "query path", "best rate", "validation loss"]
-    header += [f"log-loss against {base}", f"perplexity against {base}", "tokens/s", "diverged runs"]
+def plan(study):
+    """What was to be compared, and how, in words."""
+    told, n = RunFolder(study.folder).read_json("study.json", "planned"), len(study.measuring_seeds())
+    pairs = [f"{arm} against {other}" for arm, other in study.comparisons]
+    later = listed(pairs[told["planned"] :])
+    measuring = f"{listed(study.measuring_seeds())} measure there"
+    if study.half_width:
+        measuring += f", at most {len(study.seeds)} until every interval is at most ± {study.half_width:g} % wide"
+    return PLAN.format(
+        primary=pairs[0] if pairs else "none",
+        secondary=listed(pairs[1 : told["planned"]]) or "none",
+        later=f" Added when runs that measure were known: {later}." if later else "",
+        margin=study.margin,
+        tuning=listed(study.tuning_seeds) or "of none",
+        rates=", ".join(f"{rate:g}" for rate in study.learning_rates),
+        measuring=measuring,
+        spread=study.spread,
+        n=n,
+        found=stats.detectable(study.spread, n, len(study.arms)) if n > 1 else math.inf,
+    )
+
+
+def interval(mean, low, high):
+    return f"{mean:+.2f} % [{low:+.2f}, {high:+.2f}]"
+
+
+def verdict_table(study):
+    """A row for each comparison."""
+    rows = []
+    for row in filter(None, study.compare()):
+        perplexity = interval(*(100 * math.expm1(x) for x in row.nats))
+        p = f"{row.p:.3f}" if row.p >= 0.001 else "< 0.001"
+        rows.append([f"{row.arm} against {row.other}", interval(*row[2:5]), perplexity, p, row.verdict])
+    return table(["comparison", "log-loss", "perplexity", "p", "verdict"], rows)
+
+
+def arm_table(study):
+    """A row for each arm, at its best rate."""
+    base, speeds, rows = next(iter(study.arms)), {}, []
+    folder = RunFolder(study.folder)
+    speeds = folder.read_json("speed.json") if folder.holds("speed.json") else {}
+    losses = study.losses({arm: study.measured(arm) for arm in study.arms})
+    compared = {(row.arm, row.other): interval(*row[2:5]) for row in filter(None, study.compare())}
     for arm in study.arms:
-        records = [record for run, record in study.records.items() if run.arm == arm]
-        summaries = [record["summary"] for record in records if record["summary"]]
-        counts = records[0]["config"]["parameters"] if records else {}
-        row = [arm, *(f"{counts[key]:,}" if counts else "" for key in ("total", "non_embedding", "query_path"))]
-        best, rates, losses = study.best_rate(arm), study.losses_by_rate(arm), study.final_losses(arm)
-        bracketed = best and min(rates) < best < max(rates)
-        row.append(f"{best:g}{'' if bracketed else ', not bracketed'}" if best else "")
-        spread = f" ± {statistics.stdev(losses.values()):.4f}" if len(losses) > 1 else ""
-        row.append(f"{statistics.fmean(losses.values()):.4f}{spread} (n = {len(losses)})" if losses else "")
-        row += differences(losses, study.final_losses(base)) if arm != base else ["", ""]
-        speeds[arm] = [s["tokens_per_second"] for s in summaries if s["tokens_per_second"]]  # none in two steps
-        row.append(f"{np.median(speeds[arm]) / np.median(speeds[base]):.2f}" if speeds[arm] and speeds[base] else "")
-        rows.append([*row, f"{len(records) - len(summaries)} of {len(records)}"])
-    return table(header, rows)
+        of_arm = [run for run in study.records if run.arm == arm]
+        if not of_arm:
+            continue
+        found, usable, best = losses[arm], study.usable_rates(arm), study.search(arm)[1]
+        row = [arm, f"{best:g}" if best else "?", f"{usable[0]:g} to {usable[-1]:g}" if usable else "none"]
+        spread = f" ± {np.std(found, ddof=1):.4f}" if len(found) > 1 else ""
+        row.append(f"{np.mean(found):.4f}{spread} ({len(found)})" if found else "")
+        row.append(compared.get((arm, base), ""))
+        row.append(", ".join(f"{words} against {b}" for (a, b), words in compared.items() if a == arm and b != base))
+        row.append(f"{sum(bool(study.failure(run)) for run in of_arm)} of {len(of_arm)}")
+        config = study.records[of_arm[0]]["config"]
+        with torch.device("meta"):
+            flops = flops_per_token(GPT(GPTConfig(**config["model"])))
+        row += [f"{config['parameters'][key]:,}" for key in ("non_embedding", "query_path")] + [f"{flops / 1e6:.2f}"]
+        rows.append([*row, f"{speeds[arm] / speeds[base]:.2f}" if arm in speeds else ""])
+    header = ["arm", "best rate", "usable rates", "validation loss (n)", f"against {base}", "against others", "failed"]
+    return table([*header, "non-embedding parameters", "query path", "MFLOP", "tokens/s"], rows)
 
 
-def differences(arm, baseline):
-    """{seed: loss} of an arm and the baseline -> their mean difference in percent of log-loss and of perplexity."""
-    pairs = np.array([(arm[seed], baseline[seed]) for seed in arm if seed in baseline])
-    if not len(pairs):
-        return ["", ""]
-    found, words = pairs[:, 0] - pairs[:, 1], "{:+.2f} %"
-    three = np.full(3, found.mean())  # the mean and, from two pairs on, the ends of its interval
-    if len(found) > 1:
-        words += " [{:+.2f}, {:+.2f}]"
-        three[1:] += students_t.interval(0.95, len(found) - 1, scale=sem(found))
-    return [words.format(*percent) for percent in (100 * three / pairs[:, 1].mean(), 100 * np.expm1(three))]
+def note(study):
+    losses = study.losses({arm: study.measured(arm) for arm in study.arms})
+    odd = stats.own_spread(losses)
+    variance, df = stats.pooled([x for arm, x in losses.items() if arm not in odd])
+    mean = np.mean([x for found in losses.values() for x in found]) if any(losses.values()) else math.nan
+    words = f"A spread of their own, and Welch's test, have: {', '.join(sorted(odd))}. " if odd else ""
+    sd, base = math.sqrt(variance), next(iter(study.arms))
+    return NOTE.format(sd=sd, percent=100 * sd / mean, df=df, odd=words, baseline=base)
+
+
+def lines(study):
+    """The losses of n-gram counts, and what they say of the study."""
+    if not study.ngrams:
+        return ""
+    counts = ", ".join(f"{n}-grams {loss:.4f}" for n, loss in study.ngrams.items() if n > 1)
+    words = f"Counting the same tokens reaches: {counts} (interpolated after Witten and Bell)."
+    losses = study.losses({arm: study.measured(arm) for arm in study.arms})
+    above = {arm: np.mean(found) - study.ngrams[5] for arm, found in losses.items() if found}
+    above = [f"{arm} by {off:.4f}" for arm, off in above.items() if off > 0]
+    if above:
+        return f"{words} **The study is too short to conclude**: above the 5-grams ended {', '.join(above)}."
+    return f"{words} Every arm ended below the 5-grams."
 
 
 def seed_table(study):
     """The validation loss of each measuring seed at the arm's best rate."""
-    losses = {arm: study.final_losses(arm) for arm in study.arms}
-    rows = [[arm, *(f"{found[s]:.4f}" if s in found else "" for s in study.seeds)] for arm, found in losses.items()]
-    return table([f"seed {seed}" for seed in study.seeds], rows)
+    seeds, rows = study.measuring_seeds(), []
+    for arm in study.arms:
+        found = {run.seed: final_loss(study.records[run]) for run in study.measured(arm)}
+        words = {run.seed: study.failure(run) for run in study.measured(arm)}
+        rows.append([arm, *(f"{found[s]:.4f}{' ' * bool(words[s])}{words[s]}" if s in found else "" for s in seeds)])
+    return table(["arm", *(f"seed {seed}" for seed in seeds)], rows)
 
 
 def rate_table(study):
-    """The mean validation loss of each arm at each rate, and over how many of the seeds that choose the rate."""
-    rates, rows = sorted({rate for arm in study.arms for rate in study.losses_by_rate(arm)}), []
-    for arm in study.arms:
-        cells, best = dict.fromkeys(rates, ""), study.best_rate(arm)
-        for rate, found in study.losses_by_rate(arm).items():
-            diverged = sum(math.isinf(loss) for loss in found)
-            words = f"{diverged} diverged" if diverged else f"{statistics.fmean(found):.4f}"
-            cells[rate] = f"**{words} ({len(found)})**" if rate == best else f"{words} ({len(found)})"
+    """The mean validation loss of each arm at each rate over its tuning seeds."""
+    by_arm = {arm: study.tuning_runs(arm) for arm in study.arms}
+    rates, rows = sorted({rate for by_rate in by_arm.values() for rate in by_rate}), []
+    for arm, by_rate in by_arm.items():
+        cells, best = dict.fromkeys(rates, ""), study.search(arm)[1]
+        for rate, runs in by_rate.items():
+            failed = sum(bool(study.failure(run)) for run in runs)
+            words = f"{failed} failed ({len(runs)})" if failed else f"{study.mean_loss(runs):.4f} ({len(runs)})"
+            cells[rate] = f"**{words}**" if rate == best else words
         rows.append([arm, *cells.values()])
-    return table([f"{rate:g}" for rate in rates], rows)
+    return table(["arm", *(f"{rate:g}" for rate in rates)], rows) if rates else ""
 
 
 def draw(study):
-    """rates.svg: validation loss against the learning rate, a line an arm -> its figure."""
-    figure, rates, best_losses = Figure(figsize=(7, 4.5), layout="constrained"), set(), []
-    axes = figure.subplots()
-    for arm, colour in zip(study.arms, itertools.cycle(COLOURS)):
-        by_rate, best = sorted(study.losses_by_rate(arm).items()), study.best_rate(arm)
-        means = {rate: statistics.fmean(losses) for rate, losses in by_rate if math.inf not in losses}
-        if means:
-            axes.plot(list(means), list(means.values()), "o-", color=colour, label=arm)
-            axes.plot(best, means[best], "o", color=colour, markersize=12, fillstyle="none")
-            best_losses.append(means[best])
-            rates |= means.keys()
-    axes.set(xscale="log", xlabel="learning rate (ring: the arm's best)", ylabel="validation loss (nats a token)")
+    """rates.svg: validation loss against the learning rate, every run a dot -> its figure."""
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    axes, best_losses, rates = figure.subplots(), [], set()
+    losses = study.losses({arm: study.measured(arm) for arm in study.arms})
+    for number, (arm, colour) in enumerate(zip(study.arms, itertools.cycle(COLOURS))):
+        dodge = 1.035 ** (number - (len(study.arms) - 1) / 2)  # so that the arms' dots stand side by side
+        runs = [run for run in study.records if run.arm == arm and math.isfinite(final_loss(study.records[run]))]
+        for run in runs:
+            measures = run.seed in study.seeds
+            style = {"fillstyle": "none"} if study.failure(run) else {"markeredgecolor": "none"}
+            size, alpha = (5, 0.9) if measures else (3.5, 0.6)
+            axes.plot(
+                run.learning_rate * dodge, final_loss(study.records[run]), "o", c=colour, ms=size, alpha=alpha, **style
+            )
+        means = {rate: study.mean_loss(runs) for rate, runs in sorted(study.tuning_runs(arm).items())}
+        means = {rate: loss for rate, loss in means.items() if math.isfinite(loss)}
+        if means or runs:
+            axes.plot([rate * dodge for rate in means], means.values(), "-", color=colour, lw=0.8, alpha=0.7)
+            axes.plot([], [], "o-", color=colour, label=arm)
+            best_losses.append(min(final_loss(study.records[run]) for run in runs))
+            rates |= {run.learning_rate for run in runs}
+    base = losses[next(iter(study.arms))]
+    sd = math.sqrt(stats.pooled(losses.values())[0])
+    if base and math.isfinite(sd):
+        axes.axhspan(np.mean(base) - sd, np.mean(base) + sd, color="#000000", alpha=0.08, lw=0)
+    if best_losses:  # what is far above them leaves the picture
+        low, high = (
+            0.99 * min(best_losses),
+            max([1.12 * max(best_losses), *(1.01 * study.ngrams[n] for n in study.ngrams if n == 4)]),
+        )
+        axes.set_ylim(low, high)
+        for n, loss in study.ngrams.items():
+            if low < loss < high:
+                axes.axhline(loss, color="#555555", ls="--", lw=0.8)
+                axes.annotate(
+                    f"{n}-gram counts",
+                    (0.995, loss),
+                    xycoords=("axes fraction", "data"),
+                    ha="right",
+                    va="bottom",
+                    size=8,
+                )
+        axes.legend(frameon=False, fontsize="small", ncols=2)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss (nats a token)")
     axes.set_xticks(sorted(rates), [f"{rate:g}" for rate in sorted(rates)])
     axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    if best_losses:  # what is far above them leaves the picture
-        axes.set_ylim(0.99 * min(best_losses), 1.1 * max(best_losses))
-        axes.legend(frameon=False, fontsize="small")
+    axes.grid(alpha=0.2)
     matplotlib.rcParams["svg.hashsalt"] = "nlqgpt"  # the same records give the same file, byte for byte
     with new_file(study.folder / "rates.svg") as f:
         figure.savefig(f, format="svg", metadata={"Date": None})
