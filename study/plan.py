@@ -10,7 +10,7 @@ import numpy as np
 
 from study import stats
 
-MOST_RATES = 12  # of an arm: the search gives up after so many
+MOST_RATES = 16  # of an arm: the search gives up after so many
 FIRST_SEEDS = 6  # that measure each arm before the width of the intervals asks for more
 
 
@@ -80,9 +80,10 @@ class Study:
         if new:
             return done + new, None
         best, *others = self.ranked_rates(arm)
-        if best in (rates[0], rates[-1]) and len(rates) < MOST_RATES:  # not yet between two others
-            new = best / math.sqrt(2) if best == rates[0] else best * math.sqrt(2)
-            return [*done, Run(arm, float(f"{new:.3g}"), first)], None
+        near = [float(f"{best * factor:.3g}") for factor in (1 / math.sqrt(2), math.sqrt(2))]
+        near = [rate for rate in near if not any(0.9 < rate / tried < 1.1 for tried in rates)]
+        if near and len(rates) < MOST_RATES:  # the best is not yet between two others
+            return done + [Run(arm, rate, first) for rate in near], None
         # The best so far gets all tuning seeds, and so does the second where it is as good up to noise. Each run may
         # change which ones these are.
         contenders = [best, *(rate for rate in others[:1] if self.too_close(by_rate[best], by_rate[rate]))]
@@ -105,10 +106,9 @@ class Study:
 
     def ranked_rates(self, arm):
         """The rates that were tried, best first; one with a run that failed comes after all without."""
-        rank = {
-            rate: (any(map(self.failure, runs)), self.mean_loss(runs)) for rate, runs in self.tuning_runs(arm).items()
-        }
-        return sorted(rank, key=rank.get)
+        by_rate = self.tuning_runs(arm)
+        failed = {rate: any(map(self.failure, runs)) for rate, runs in by_rate.items()}
+        return sorted(by_rate, key=lambda rate: (failed[rate], self.mean_loss(by_rate[rate]), rate))
 
     def too_close(self, runs, others):
         """Whether the means of two rates differ by less than the standard error that the study expects of that."""
@@ -134,7 +134,7 @@ class Study:
 
     def width(self, n):
         """Half the widest interval of all comparisons with the first n seeds, in percent; 0 while a run is missing."""
-        measured = {arm: self.measured(arm, self.seeds[:n]) for arm in self.arms}
+        measured = self.measured(self.seeds[:n])
         if any(len(runs) < n for runs in measured.values()):
             return 0.0
         rows = stats.compare(self.losses(measured), self.comparisons, self.margin)
@@ -147,21 +147,19 @@ class Study:
 
     # What they say.
 
-    def measured(self, arm, seeds=None):
-        """The runs of an arm at its best rate with measuring seeds, as far as they are done."""
-        best = self.search(arm)[1]
-        runs = [Run(arm, best, seed) for seed in (self.measuring_seeds() if seeds is None else seeds)]
-        return [run for run in runs if run in self.records]
+    def measured(self, seeds=None):
+        """{arm: the runs with measuring seeds at its best rate, as far as they are done}"""
+        seeds = self.measuring_seeds() if seeds is None else seeds
+        best = {arm: self.search(arm)[1] for arm in self.arms}
+        return {arm: [run for s in seeds if (run := Run(arm, best[arm], s)) in self.records] for arm in self.arms}
 
     def losses(self, measured):
         """{arm: runs} -> {arm: losses of those that learned}"""
-        return {
-            arm: [final_loss(self.records[run]) for run in runs if not self.failure(run)]
-            for arm, runs in measured.items()
-        }
+        good = {arm: [run for run in runs if not self.failure(run)] for arm, runs in measured.items()}
+        return {arm: [final_loss(self.records[run]) for run in runs] for arm, runs in good.items()}
 
     def compare(self):
         """A row of stats.compare for each comparison. None is judged that rests on a run that failed."""
-        measured = {arm: self.measured(arm) for arm in self.arms}
+        measured = self.measured()
         failed = {arm: sum(bool(self.failure(run)) for run in runs) for arm, runs in measured.items()}
         return stats.compare(self.losses(measured), self.comparisons, self.margin, failed)

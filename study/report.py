@@ -104,7 +104,7 @@ def arm_table(study):
     base, speeds, rows = next(iter(study.arms)), {}, []
     folder = RunFolder(study.folder)
     speeds = folder.read_json("speed.json") if folder.holds("speed.json") else {}
-    losses = study.losses({arm: study.measured(arm) for arm in study.arms})
+    losses = study.losses(study.measured())
     compared = {(row.arm, row.other): interval(*row[2:5]) for row in filter(None, study.compare())}
     for arm in study.arms:
         of_arm = [run for run in study.records if run.arm == arm]
@@ -127,7 +127,7 @@ def arm_table(study):
 
 
 def note(study):
-    losses = study.losses({arm: study.measured(arm) for arm in study.arms})
+    losses = study.losses(study.measured())
     odd = stats.own_spread(losses)
     variance, df = stats.pooled([x for arm, x in losses.items() if arm not in odd])
     mean = np.mean([x for found in losses.values() for x in found]) if any(losses.values()) else math.nan
@@ -142,7 +142,7 @@ def lines(study):
         return ""
     counts = ", ".join(f"{n}-grams {loss:.4f}" for n, loss in study.ngrams.items() if n > 1)
     words = f"Counting the same tokens reaches: {counts} (interpolated after Witten and Bell)."
-    losses = study.losses({arm: study.measured(arm) for arm in study.arms})
+    losses = study.losses(study.measured())
     above = {arm: np.mean(found) - study.ngrams[5] for arm, found in losses.items() if found}
     above = [f"{arm} by {off:.4f}" for arm, off in above.items() if off > 0]
     if above:
@@ -153,10 +153,11 @@ def lines(study):
 def seed_table(study):
     """The validation loss of each measuring seed at the arm's best rate."""
     seeds, rows = study.measuring_seeds(), []
-    for arm in study.arms:
-        found = {run.seed: final_loss(study.records[run]) for run in study.measured(arm)}
-        words = {run.seed: study.failure(run) for run in study.measured(arm)}
-        rows.append([arm, *(f"{found[s]:.4f}{' ' * bool(words[s])}{words[s]}" if s in found else "" for s in seeds)])
+    for arm, runs in study.measured().items():
+        cells = dict.fromkeys(seeds, "")
+        for run in runs:
+            cells[run.seed] = f"{final_loss(study.records[run]):.4f} {study.failure(run)}".strip()
+        rows.append([arm, *cells.values()])
     return table(["arm", *(f"seed {seed}" for seed in seeds)], rows)
 
 
@@ -178,7 +179,7 @@ def draw(study):
     """rates.svg: validation loss against the learning rate, every run a dot -> its figure."""
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes, best_losses, rates = figure.subplots(), [], set()
-    losses = study.losses({arm: study.measured(arm) for arm in study.arms})
+    losses = study.losses(study.measured())
     for number, (arm, colour) in enumerate(zip(study.arms, itertools.cycle(COLOURS))):
         dodge = 1.035 ** (number - (len(study.arms) - 1) / 2)  # so that the arms' dots stand side by side
         runs = [run for run in study.records if run.arm == arm and math.isfinite(final_loss(study.records[run]))]

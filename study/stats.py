@@ -33,7 +33,9 @@ def compare(losses, pairs, margin, failed=None):
     The first pair is the primary comparison, at the level 0.05. The others are secondary: they share it, by Holm's
     procedure. failed is {arm: number of measuring runs that failed}.
     """
-    found = [difference(losses, *pair) for pair in pairs]
+    odd = own_spread(losses)
+    common = pooled([x for arm, x in losses.items() if arm not in odd])
+    found = [difference(losses[a], losses[b], None if odd & {a, b} else common) for a, b in pairs]
     adjusted = holm([p for *_, p in filter(None, found[1:])])
     rows = []
     for number, ((arm, other), entry) in enumerate(zip(pairs, found)):
@@ -64,20 +66,20 @@ def verdict(mean, low, high, p, margin):
     return "equivalent within the margin" if inside else UNDECIDED
 
 
-def difference(losses, arm, other):
-    """arm - other -> mean, low, high, p, in nats; None with fewer than two runs of either. The variance is pooled over all
-    arms, as the noise of a run is much the same in each, so that few seeds give many degrees of freedom. An arm with a
-    spread of its own is left out of that, and compared by Welch's t test instead."""
-    n, n_other = len(losses[arm]), len(losses[other])
-    if min(n, n_other) < 2:
+def difference(a, b, common):
+    """Losses of two arms -> mean, low, high and p of a - b in nats; None with fewer than two runs of either.
+
+    common is the variance, with its degrees of freedom, that all arms share: the noise of a run is much the same in each, so
+    few seeds give many degrees of freedom. Without it, for an arm with a spread of its own, it is Welch's t test.
+    """
+    if min(len(a), len(b)) < 2:
         return None
-    odd, mean = own_spread(losses), np.mean(losses[arm]) - np.mean(losses[other])
-    if odd & {arm, other}:
-        a, b = pooled([losses[arm]])[0] / n, pooled([losses[other]])[0] / n_other
-        error, df = math.sqrt(a + b), (a + b) ** 2 / (a**2 / (n - 1) + b**2 / (n_other - 1))
-    else:
-        variance, df = pooled([x for name, x in losses.items() if name not in odd])
-        error = math.sqrt(variance * (1 / n + 1 / n_other))
+    mean, (variance, df) = np.mean(a) - np.mean(b), common or (0, 0)
+    error = math.sqrt(variance * (1 / len(a) + 1 / len(b)))
+    if not common:
+        parts = [(np.var(x, ddof=1) / len(x), len(x) - 1) for x in (a, b)]
+        error = math.sqrt(sum(part for part, _ in parts))
+        df = error**4 / sum(part**2 / n for part, n in parts)
     half = t.ppf(1 - LEVEL / 2, df) * error
     return mean, mean - half, mean + half, 2 * t.sf(abs(mean) / error, df) if error else math.nan
 
@@ -89,16 +91,20 @@ def pooled(groups):
 
 
 def own_spread(losses):
-    """The arms whose variance differs from that of all others together: an F test each, at the level 0.05 / arms."""
-    odd = set()
-    for arm in losses:
-        own, df = pooled([losses[arm]])
-        others, df_others = pooled([x for name, x in losses.items() if name != arm])
-        if df and df_others and others:
-            above = f.sf(own / others, df, df_others)
-            if 2 * min(above, 1 - above) < LEVEL / len(losses):
-                odd.add(arm)
-    return odd
+    """The arms whose variance differs from that of the others together, the most different one first: F tests, two-sided,
+    at the level 0.05 / arms."""
+    odd, p = set(), {}
+    while True:
+        rest = {arm: x for arm, x in losses.items() if arm not in odd}
+        for arm in rest:
+            own, df = pooled([rest[arm]])
+            others, df_others = pooled([x for name, x in rest.items() if name != arm])
+            above = f.sf(own / others, df, df_others) if df and df_others and others else 0.5
+            p[arm] = 2 * min(above, 1 - above)
+        arm = min(rest, key=p.get, default=None)
+        if arm is None or p[arm] >= LEVEL / len(losses):
+            return odd
+        odd.add(arm)
 
 
 def holm(p_values):

@@ -1,0 +1,286 @@
+"""study/: the statistics, the n-gram counts and the search for rates, against scipy, definitions and known truth."""
+
+import math
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+stats = pytest.importorskip("study.stats", reason="needs scipy")
+ttest = pytest.importorskip("scipy.stats").ttest_ind
+
+from study import plan  # noqa: E402
+from study.ngrams import ngram_losses  # noqa: E402
+from study.plan import Run, Study  # noqa: E402
+
+
+def record(loss, curve=((1, 1.0, 1.0),)):
+    return {"config": {}, "curve": list(curve), "summary": {"final_val_loss": loss} if math.isfinite(loss) else None}
+
+
+def empty_study(arms, rates=(1.0,), tuning=(), seeds=(3, 4), **more):
+    """A study of arms by name, each compared with the first."""
+    arms = list(arms)
+    rest = dict(comparisons=[[arm, arms[0]] for arm in arms[1:]], margin=0.5, half_width=None, spread=0.5)
+    rest |= dict(folder=Path("r"), devices=["cpu"], ngrams={2: 2.3, 3: 1.7, 5: 1.4}) | more
+    return Study("c.py", {arm: {} for arm in arms}, list(rates), list(tuning), list(seeds), **rest)
+
+
+# Differences and verdicts.
+
+
+def draws(sizes, spreads=None, seed=0):
+    """{arm: losses}, each with a mean near 2."""
+    rng, spreads = np.random.default_rng(seed), spreads or [0.01] * len(sizes)
+    return {f"arm{i}": list(rng.normal(2 + i / 100, sd, n)) for i, (n, sd) in enumerate(zip(sizes, spreads))}
+
+
+@pytest.mark.parametrize("spreads", [[0.01, 0.01], [0.001, 0.1]])
+def test_two_arms_are_compared_as_scipy_does(spreads):
+    losses = draws([6, 8], spreads)
+    a, b = losses["arm1"], losses["arm0"]
+    (row,) = stats.compare(losses, [("arm1", "arm0")], margin=0.5)
+    scipys = ttest(a, b, equal_var=spreads[0] == spreads[1])  # arms with a spread of their own: Welch's test
+    expected = [np.mean(a) - np.mean(b), *scipys.confidence_interval(0.95)]
+    assert row.nats == pytest.approx(expected, rel=1e-10) and row.p == pytest.approx(scipys.pvalue, rel=1e-9)
+    assert row[2:5] == pytest.approx(100 * np.array(expected) / np.mean(b), rel=1e-10)
+
+
+def test_the_variance_is_pooled_over_all_arms_but_those_with_a_spread_of_their_own():
+    """As in a regression on the arm: residuals of all arms, n - arms degrees of freedom."""
+    losses = draws([5, 6, 7, 6], [0.01, 0.01, 0.01, 0.2])
+    first, wild = stats.compare(losses, [("arm1", "arm0"), ("arm3", "arm0")], margin=0.5)
+    y = np.concatenate([losses[f"arm{i}"] for i in range(3)])
+    design = np.repeat(np.eye(3), [5, 6, 7], axis=0)
+    residual = y - design @ np.linalg.lstsq(design, y, rcond=None)[0]
+    half = stats.t.ppf(0.975, 15) * math.sqrt(residual @ residual / 15 * (1 / 5 + 1 / 6))
+    assert (first.nats[2] - first.nats[1]) / 2 == pytest.approx(half, rel=1e-10)
+    assert wild.nats[1:] == pytest.approx(
+        [*ttest(losses["arm3"], losses["arm0"], equal_var=False).confidence_interval()]
+    )
+    assert stats.own_spread(losses) == {"arm3"} and stats.own_spread(draws([6] * 7)) == set()
+
+
+def test_holm_by_a_published_example():
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert stats.holm([]) == [] and stats.holm([0.7, 0.9]) == pytest.approx([1, 1])
+
+
+@pytest.mark.parametrize(
+    "low, high, p, words",
+    [
+        (-0.9, -0.1, 0.01, "better"),
+        (-0.4, -0.1, 0.01, "better, by less than the margin"),
+        (0.1, 0.9, 0.01, "worse"),
+        (0.1, 0.9, 0.06, "not distinguishable"),  # one of several: Holm's p
+        (-0.4, 0.3, 0.6, "equivalent within the margin"),
+        (-0.6, 0.3, 0.6, "not distinguishable"),
+    ],
+)
+def test_the_verdict_in_words(low, high, p, words):
+    assert stats.verdict((low + high) / 2, low, high, p, 0.5) == words
+
+
+def test_no_verdict_rests_on_a_run_that_failed():
+    losses = {"a": [2.0, 2.01, 2.02], "b": [1.0, 1.01, 1.02], "c": [2.0, 2.01]}
+    pairs = [("b", "a"), ("c", "a"), ("b", "c")]
+    words = [row.verdict for row in stats.compare(losses, pairs, 0.5, {"a": 0, "b": 0, "c": 1})]
+    assert words == ["better", "not judged: 1 runs of c failed", "not judged: 1 runs of c failed"]
+
+
+def test_how_many_seeds_a_width_takes():
+    losses = {"a": [2.0, 2.02, 1.98, 2.0], "b": [2.01, 1.99, 2.0, 2.02]}
+    (row,) = stats.compare(losses, [("a", "b")], margin=0.3)
+    seeds = int(row.verdict.split("about ")[1].split()[0])
+    wide = lambda n: (row.high - row.low) / 2 * math.sqrt(4 / n)  # noqa: E731
+    assert wide(seeds) <= 0.3 < wide(seeds - 1)
+    n = stats.seeds_for(0.5, 0.4, 7)
+    assert stats.half_width(0.5, n, 7) <= 0.4 < stats.half_width(0.5, n - 1, 7)
+
+
+# Known truth: 7 arms, 6 seeds that may become 12.
+
+ARMS, PAIRS = [f"arm{i}" for i in range(7)], [["arm1", "arm0"], ["arm2", "arm0"], ["arm3", "arm1"], ["arm4", "arm2"]]
+
+
+def simulate(truth, half_width, studies=1000, sd=0.01):
+    """Studies of normally distributed losses around the truth -> rows of all studies, (studies, pairs), and the seeds used."""
+    rng, rows, used, seeds = np.random.default_rng(1), [], [], list(range(12))
+    for _ in range(studies):
+        study = empty_study(ARMS, seeds=seeds, half_width=half_width, comparisons=PAIRS, ngrams={})
+        losses = rng.normal(np.reshape(truth, (7, 1)), sd, (7, 12))
+        for arm, of_arm in zip(ARMS, losses):
+            study.records.update({Run(arm, 1.0, seed): record(of_arm[seed]) for seed in seeds})
+        rows.append(study.compare())
+        used.append(len(study.measuring_seeds()))
+    return rows, used
+
+
+@pytest.mark.parametrize("half_width", [None, 0.55])
+def test_intervals_cover_the_truth_in_95_of_100_studies(half_width):
+    """With all seeds, and where the width decides how many."""
+    truth = np.array([2, 2.02, 2, 1.95, 2.01, 2, 2.3])
+    rows, used = simulate(truth, half_width)
+    covered = []
+    for of_study in rows:
+        for row in of_study:
+            difference = truth[ARMS.index(row.arm)] - truth[ARMS.index(row.other)]
+            covered.append(row.nats[1] < difference < row.nats[2])
+    assert 0.94 <= np.mean(covered) <= 0.96
+    assert set(used) == {12} if half_width is None else len(set(used)) > 2
+
+
+def test_a_difference_that_is_not_there_is_found_in_5_of_100_studies():
+    rows, _ = simulate(np.full(7, 2.0), None)
+    found = np.array([[row.p < stats.LEVEL for row in of_study] for of_study in rows])
+    assert 0.03 <= found[:, 0].mean() <= 0.07 and found[:, 1:].any(axis=1).mean() <= 0.07
+
+
+def test_a_difference_of_the_planned_size_is_found_in_4_of_5_studies():
+    truth = np.full(7, 2.0)
+    truth[1] += stats.detectable(0.01, 12, 7)
+    rows, _ = simulate(truth, None)
+    assert 0.76 <= np.mean([row[0].verdict.startswith("worse") for row in rows]) <= 0.84
+
+
+# The width decides how many seeds measure, and nothing else does.
+
+
+@pytest.mark.parametrize("half_width, seeds", [(None, 12), (10, 6), (0.01, 12)])
+@pytest.mark.parametrize("shift", [0, 0.3])
+def test_seeds_come_in_pairs_to_all_arms_until_the_intervals_are_narrow(half_width, seeds, shift):
+    study = empty_study("ab", seeds=range(12), half_width=half_width)
+    rng, asked = np.random.default_rng(0), []
+    while todo := [run for run in study.runs() if run not in study.records]:
+        study.records[todo[0]] = record(rng.normal(2 + shift * (todo[0].arm == "b"), 0.01))
+        asked.append(len(study.measuring_seeds()))
+    assert len(study.records) == 2 * seeds and study.to_go() == 0
+    assert sorted(set(asked)) == ([12] if half_width is None else list(range(6, seeds + 1, 2)))
+
+
+# What counting reaches.
+
+
+def slow_ngrams(windows, val, vocab_size, order):
+    """Witten and Bell's rule, recursively, as it is written down."""
+    count, followers = Counter(), defaultdict(set)
+    for window in windows.tolist():
+        for n in range(1, order + 1):
+            for i in range(len(window) - n + 1):
+                *context, token = window[i : i + n]
+                count[(*context, token)] += 1
+                followers[tuple(context)].add(token)
+    total = Counter()
+    for gram, c in count.items():
+        total[gram[:-1]] += c
+
+    def p(token, h):
+        shorter = p(token, h[1:]) if h else 1 / vocab_size
+        t = len(followers[h])
+        return (count[(*h, token)] + t * shorter) / (total[h] + t) if total[h] else shorter
+
+    val = val.tolist()
+    contexts = [tuple(val[max(0, i - order + 1) : i]) for i in range(len(val))]
+    return -np.mean([math.log(p(val[i], contexts[i])) for i in range(1, len(val))])
+
+
+def test_ngram_losses_are_those_of_the_rule():
+    rng = np.random.default_rng(0)
+    windows, val = rng.integers(0, 5, (40, 12)), rng.integers(0, 6, 200)  # 5 never occurs in the windows
+    windows[:, 1::2] = (windows[:, ::2] + 1) % 5
+    val[1::2] = (val[::2] + 1) % 5
+    found = ngram_losses(windows.astype(np.uint16), val.astype(np.uint16), 6)
+    assert found == pytest.approx({n: slow_ngrams(windows, val, 6, n) for n in range(1, 6)}, rel=1e-12)
+    assert found[2] < found[1] - 0.1  # a token tells the next one
+
+
+# Runs that fail.
+
+
+@pytest.mark.parametrize(
+    "levels, final, words",
+    [
+        ([2.5] * 4 + [2.0, 1.8, 1.6, 1.5, 1.5, 1.5], 1.5, ""),
+        ([2.5] * 6 + [2.2, 1.8, 1.5, 1.5], 1.5, "never learned"),  # as bigrams for most of the run
+        ([2.5] * 4 + [1.8] * 6, 1.8, "never learned"),  # never as good as trigrams
+        ([2.5] * 4 + [1.5] * 6, math.inf, "diverged"),
+    ],
+)
+def test_a_run_that_never_learns_is_told(levels, final, words):
+    noise = np.random.default_rng(0).normal(0, 0.2, 100)  # of single batches: only the smoothed loss counts
+    curve = [[step, loss, 1.0] for step, loss in enumerate(np.repeat(levels, 10) + noise)]
+    study, run = empty_study("ab"), Run("a", 1.0, 3)
+    study.records[run] = record(final, curve)
+    assert study.failure(run) == words
+
+
+# The search, on a loss that is known.
+
+
+def searched(loss, first=(4e-3, 8e-3), arms="ab", **more):
+    """Run the search where the record of a run is known -> Study."""
+    study = empty_study(arms, first, (1, 2), **more)
+    while todo := [run for run in study.runs() if run not in study.records]:
+        assert study.to_go() >= len(todo)
+        found = loss(todo[0])
+        study.records[todo[0]] = found if isinstance(found, dict) else record(found)
+    assert study.to_go() == 0 and set(study.runs()) == set(study.records)
+    return study
+
+
+def seeds_by_rate(study, arm="a"):
+    found = {}
+    for run in sorted(study.records):
+        if run.arm == arm:
+            found.setdefault(run.learning_rate, []).append(run.seed)
+    return found
+
+
+@pytest.mark.parametrize("best", [1e-4, 1e-3, 5.1e-3, 3e-2])
+def test_the_best_rate_is_bracketed_in_steps_of_the_root_of_2(best):
+    def loss(run):  # a bowl, and divergence far above the best
+        off = math.log2(run.learning_rate / best)
+        return 1 + 0.1 * off**2 if off < 2.5 else math.inf
+
+    found = seeds_by_rate(searched(loss))
+    rates = sorted(found)
+    (chosen,) = [rate for rate, seeds in found.items() if seeds[-2:] == [3, 4]]
+    assert abs(math.log2(chosen / best)) <= 0.26 and rates[0] < chosen < rates[-1]
+    assert all(
+        rates[rates.index(chosen) + side] / chosen == pytest.approx(2 ** (side / 2), rel=0.01) for side in (-1, 1)
+    )
+    assert found[chosen] == [1, 2, 3, 4] and all(seeds in ([1], [1, 2]) for r, seeds in found.items() if r != chosen)
+
+
+def test_two_rates_that_noise_cannot_tell_both_get_all_tuning_seeds():
+    means = {2.83e-3: 1.2, 4e-3: 1.1, 5.66e-3: 1.004, 8e-3: 1.0, 1.13e-2: 1.1}
+    luck = {(8e-3, 2): 0.03}  # the second seed turns them round
+    study = searched(lambda run: means[run.learning_rate] + luck.get(run[1:], 0), arms="a")
+    expected = {4e-3: [1], 5.66e-3: [1, 2, 3, 4], 8e-3: [1, 2], 1.13e-2: [1]}
+    assert seeds_by_rate(study) == expected and study.usable_rates("a") == [5.66e-3]
+    study = searched(lambda run: means[run.learning_rate] + luck.get(run[1:], 0), arms="a", spread=0.1)
+    assert study.search("a")[1] == 5.66e-3  # the best alone got the second seed, which it lost by
+
+
+def test_a_rate_at_which_a_run_failed_comes_after_all_others():
+    """The lowest mean does not help it; and its failure is in the table."""
+    means = {4e-3: 1.2, 5.66e-3: 1.1, 8e-3: 1.0, 1.13e-2: 1.05, 1.6e-2: 1.3}
+    fails = {(8e-3, 2): record(1.0, [[1, 2.0, 1.0]])}
+    study = searched(lambda run: fails.get(run[1:], means[run.learning_rate]), arms="a")
+    assert study.search("a")[1] == 1.13e-2 and study.usable_rates("a") == [1.13e-2]
+    assert study.failure(Run("a", 8e-3, 2)) == "never learned"
+
+
+def test_the_search_gives_up_and_one_rate_needs_none():
+    study = searched(lambda run: -run.learning_rate, first=[1.0], arms="a")  # never turns
+    assert len(study.tuning_runs("a")) == plan.MOST_RATES
+    study = empty_study("ab", rates=[0.1])
+    assert study.runs() == [Run("a", 0.1, 3), Run("b", 0.1, 3), Run("a", 0.1, 4), Run("b", 0.1, 4)]
+
+
+def test_an_arm_that_is_added_leaves_all_other_runs_as_they_are():
+    loss = lambda run: 1 + 0.1 * math.log2(run.learning_rate / 6e-3) ** 2 + 0.01 * run.seed  # noqa: E731
+    alone, more = searched(loss, arms="ab"), empty_study("abc", (4e-3, 8e-3), (1, 2))
+    more.records = dict(alone.records)
+    assert {run.arm for run in more.runs() if run not in more.records} == {"c"}
