@@ -29,7 +29,7 @@ try:
     from study.plan import Run, Study
     from study.queries import QUERIES
 except ImportError as e:
-    if e.name not in ("scipy", "matplotlib"):
+    if e.name.partition(".")[0] not in ("scipy", "matplotlib"):
         raise
     sys.exit("ablate.py: a study needs scipy and matplotlib: pip install scipy matplotlib")
 
@@ -145,7 +145,7 @@ def make_arms(names, axes, d):
             for key in table[name].keys() & chosen.keys():
                 raise UserError(f"--{key} is what the arm {name} sets; leave one of them out", status=2)
             title = [name, *varied] if names else varied or [name]
-            arms[",".join(title)] = {**table[name], **chosen}
+            arms["+".join(title)] = {**table[name], **chosen}
     return arms
 
 

@@ -148,7 +148,8 @@ def go(study):
 
 def start(study, run, device, folder, more=()):
     """Begin or resume a run in a folder, where log.txt gets all that it prints -> its process."""
-    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONPATH": path}
     own = [f"--out_dir={folder}", f"--device={device or 'auto'}", f"--resume={(folder / 'config.json').exists()}"]
     command = [sys.executable, "-m", "study.queries", study.config, *flags(study, run), *own, *more]
     if device == "cpu" and len(study.devices) > 1:  # runs side by side share the processors
