@@ -107,8 +107,7 @@ ACTIVATIONS = {"gelu": nn.GELU, "none": nn.Identity}
 
 
 class KVCache:
-    """Keys and values of the tokens that one attention layer has seen. The caller makes one for each layer, and passes
-    the list to every call of the model."""
+    """Keys and values of the tokens that one attention layer has seen; every call of the model takes a list of them."""
 
     def __init__(self, block_size):
         self.block_size, self.length, self.k, self.v = block_size, 0, None, None
@@ -177,7 +176,7 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = Attention(config)
+        self.attn = getattr(QUERIES[config.query_mode], "attention", Attention)(config)  # a query may bring its own
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
@@ -205,18 +204,19 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _init(self, name, parameter, seed):
-        """GPT-2's initialisation; a parameter that no rule covers raises NotImplementedError."""
+        """GPT-2's initialisation, unless the parameter's module sets init_std or init_gain. Without a rule, an error."""
         module = self.get_submodule(name.rpartition(".")[0])
-        if not isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)):
+        norm = isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or hasattr(module, "init_gain")
+        if not norm and not isinstance(module, (nn.Linear, nn.Embedding)):
             raise NotImplementedError(f"no rule initialises {name} (of {type(module).__name__}); add one to GPT._init")
         if name.endswith("bias"):
             parameter.zero_()
-        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        elif norm:
             parameter.fill_(getattr(module, "init_gain", 1.0))
         elif not parameter.is_meta:  # a meta tensor has no values: the model is only built to count parameters
-            std = getattr(module, "init_std", 0.02)  # a query of one's own may set init_std, and a norm's init_gain
-            if name.endswith("c_proj.weight"):  # 2 n_layer writes to the residual stream add up, to as much at any depth
-                std /= math.sqrt(2 * self.config.n_layer)
+            # 2 n_layer writes to the residual stream add up; so scaled, their sum does not grow with the depth.
+            writes = 2 * self.config.n_layer if name.endswith("c_proj.weight") else 1
+            std = getattr(module, "init_std", 0.02) / math.sqrt(writes)
             generator = torch.Generator().manual_seed(derive_seed(seed, name))
             values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
             parameter.copy_(values.normal_(0.0, std, generator=generator))

@@ -298,6 +298,45 @@ def test_the_matched_linear_query_starts_as_large_as_the_nonlinear_one():
 PUBLISHED = ROOT / "study" / "results" / "stdlib_cpu"
 
 
+def test_the_published_tables_are_those_of_the_records():
+    told = json.loads((PUBLISHED / "study.json").read_text())
+    study = Study(**{key: told[key] for key in runs.PLAN}, folder=PUBLISHED, devices=["cpu"])
+    runs.read(study)
+    texts = [(PUBLISHED / "report.md").read_text("utf-8"), (ROOT / "study/README.md").read_text("utf-8")]
+    parts = (report.plan, report.verdict_table, report.arm_table, report.note, report.lines, report.rate_table)
+    assert len(study.records) == len(records(PUBLISHED)) and all(part(study) in texts[0] for part in parts)
+    assert all(part(study) in texts[1] for part in (report.verdict_table, report.arm_table, report.lines))
+
+
+def test_every_number_of_the_published_verdicts_computed_anew():
+    """From nothing but the lines of runs.jsonl, with numpy and scipy; also that no run failed."""
+    scipy_stats = pytest.importorskip("scipy.stats")
+    told, text = json.loads((PUBLISHED / "study.json").read_text()), (PUBLISHED / "report.md").read_text("utf-8")
+    counts, x = json.loads((PUBLISHED / "ngrams.json").read_text()), {}
+    for line in records(PUBLISHED).values():
+        assert np.mean([loss for _, loss, _ in line["curve"][-15:]]) < counts["3"]
+        assert line["config"]["settings"]["max_iters"] == line["summary"]["steps"] == 1500
+        if line["seed"] in told["seeds"]:
+            x.setdefault((line["arm"], line["learning_rate"]), []).append(line["summary"]["final_val_loss"])
+    rates, x = dict(x), {arm: np.array(losses) for (arm, _), losses in x.items()}
+    assert len(rates) == len(x) and "A spread of their own" not in text  # each arm is measured at one rate
+    df = sum(len(losses) - 1 for losses in x.values())
+    sd = math.sqrt(sum(((losses - losses.mean()) ** 2).sum() for losses in x.values()) / df)
+    rows, p = [], []
+    for arm, other in told["comparisons"]:
+        error, difference = sd * math.sqrt(1 / len(x[arm]) + 1 / len(x[other])), x[arm].mean() - x[other].mean()
+        interval = np.array([difference, *scipy_stats.t.interval(0.95, df, difference, error)])
+        percent = 100 * interval / x[other].mean(), 100 * np.expm1(interval)
+        words = ["{:+.2f} % [{:+.2f}, {:+.2f}]".format(*values) for values in percent]
+        rows.append(f"| {arm} against {other} | {' | '.join(words)} | ")
+        p.append(2 * scipy_stats.t.sf(abs(difference / error), df))
+    for row, value, others in zip(rows, p, [[], *[p[1:]] * (len(p) - 1)]):
+        smaller = [q for q in others if q <= value]  # Holm: the largest of (m - k) p over those that are not larger
+        steps = [min(1, (len(others) - k) * q) for k, q in enumerate(sorted(smaller))]
+        value = max(steps, default=value)
+        assert f"{row}{f'{value:.3f}' if value >= 0.001 else '< 0.001'} | " in text
+
+
 def test_the_pilot_in_the_readme_is_that_of_its_records():
     """Each row of the table, from the runs with its settings; and no run that stayed at what bigrams reach."""
     text = (ROOT / "study/README.md").read_text("utf-8")

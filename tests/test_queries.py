@@ -1,0 +1,154 @@
+"""study/queries.py: each candidate's formula in float64, its parameters, its start and its causality."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from model import GPT, QUERIES, GPTConfig
+from study import queries  # noqa: F401  adds to QUERIES
+
+D, H = 24, 3
+CONFIG = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=H, n_embd=D, query_mode="identity")
+MODES = sorted(QUERIES.keys() - {"linear", "identity", "nonlinear"})
+
+
+def attention(mode, random=True):
+    """The attention layer of a candidate in float64, as it starts or with all parameters random."""
+    layer = GPT(replace(CONFIG, query_mode=mode)).double().blocks[0].attn
+    generator = torch.Generator().manual_seed(0)
+    for parameter in layer.parameters() if random else ():
+        parameter.data.normal_(0.3, 0.5, generator=generator)
+    return layer
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 8, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+# The formulas, with numpy. w is {name of the query's parameter: its values}; a linear layer's weight is transposed.
+
+
+def sigmoid(z):
+    return 1 / (1 + np.exp(-z))
+
+
+def gelu(z):
+    return z * 0.5 * (1 + np.vectorize(math.erf)(z / math.sqrt(2)))
+
+
+def rms(z):
+    return z / np.sqrt((z**2).mean(-1, keepdims=True) + 1e-5)
+
+
+def per_head(z):
+    return np.concatenate([rms(part) for part in np.split(z, H, -1)], -1)
+
+
+def gained(z, gains):
+    return np.concatenate([g * part for g, part in zip(gains, np.split(z, H, -1))], -1)
+
+
+def f(x, w, of=""):
+    z = gelu(rms(x) * w[f"{of}rms_norm.weight"] @ w[f"{of}w_1.weight"].T) @ w[f"{of}w_2.weight"].T
+    z = z - z.mean(-1, keepdims=True)
+    return z / np.sqrt((z**2).mean(-1, keepdims=True) + 1e-5) * w[f"{of}layer_norm.weight"]
+
+
+FORMULAS = {
+    "linear_matched": lambda x, w: x @ w["w_q.weight"].T,
+    "linear_anchored": lambda x, w: x / 2 + x @ w["w.weight"].T,
+    "nonlinear_zero": lambda x, w: (x + f(x, w)) / 2,
+    "gated": lambda x, w: x * sigmoid(x @ w["w.weight"].T),
+    "temperature": lambda x, w: gained_by_token(x, x @ w["w.weight"].T + w["w.bias"]),
+    "swiglu": lambda x, w: x / 2 + swiglu(x, w) @ w["c.weight"].T,
+    "nonlinear_per_head": lambda x, w: per_head(x) + gained(per_head(f(x, w, "nonlinear.")), w["gains.weight"]),
+    "linear_qk_gain": lambda x, w: gained(per_head(x @ w["inner.w_q.weight"].T), w["gains.weight"]),
+    "identity_qk_gain": lambda x, w: gained(per_head(x / 2), w["gains.weight"]),
+    "nonlinear_qk_gain": lambda x, w: gained(per_head((x + f(x, w, "inner.")) / 2), w["gains.weight"]),
+    "identity_gated": lambda x, w: x / 2,
+    "nonlinear_key": lambda x, w: x @ w["w_q.weight"].T,
+    "nonlinear_value": lambda x, w: x @ w["w_q.weight"].T,
+}
+
+
+def gained_by_token(x, z):
+    temperature = np.log1p(np.exp(z + math.log(math.expm1(0.5))))  # softplus, 1/2 at z = 0
+    return np.concatenate([temperature[..., h, None] * part for h, part in enumerate(np.split(x, H, -1))], -1)
+
+
+def swiglu(x, w):
+    gate = x @ w["b.weight"].T
+    return x @ w["a.weight"].T * gate * sigmoid(gate)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@torch.no_grad()
+def test_the_formula_of_each_query(mode, x):
+    layer = attention(mode)
+    w = {name: parameter.numpy() for name, parameter in layer.query.named_parameters()}
+    np.testing.assert_allclose(layer.query(x).numpy(), FORMULAS[mode](x.numpy(), w), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@torch.no_grad()
+def test_what_attention_makes_of_it(mode, x):
+    """Keys, values and a gate, by the formulas, and the softmax by hand."""
+    layer = attention(mode)
+    w, z = {name: parameter.numpy() for name, parameter in layer.named_parameters()}, x.numpy()
+    q, key_value = layer.query(x).numpy(), z @ w["key_value.weight"].T
+    k, v = np.split(key_value, 2, -1) if key_value.shape[-1] == 2 * D else (key_value, key_value)
+    if mode in ("nonlinear_key", "nonlinear_value"):
+        residual = (z + f(z, w, "nonlinear.")) / 2
+        k, v = (residual, v) if mode == "nonlinear_key" else (k, residual)
+    if mode == "nonlinear_per_head" or mode.endswith("qk_gain"):
+        k = per_head(k)
+    y = []
+    for q_h, k_h, v_h in zip(*(np.split(t, H, -1) for t in (q, k, v))):
+        scores = q_h @ k_h.swapaxes(-1, -2) / math.sqrt(D // H)
+        scores[:, np.triu(np.ones((8, 8), bool), 1)] = -np.inf
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        y.append(weights / weights.sum(-1, keepdims=True) @ v_h)
+    y = np.concatenate(y, -1)
+    if mode == "identity_gated":
+        y = y * sigmoid(z @ w["gate.weight"].T)
+    np.testing.assert_allclose(layer(x).numpy(), y @ w["c_proj.weight"].T, rtol=0, atol=1e-10)
+
+
+IDENTITY_AT_FIRST = {"linear_anchored", "nonlinear_zero", "gated", "temperature", "swiglu", "identity_gated"}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@torch.no_grad()
+def test_which_start_as_the_identity_query(mode, x):
+    same = torch.allclose(attention(mode, random=False).query(x), x / 2, rtol=0, atol=1e-14)
+    assert same == (mode in IDENTITY_AT_FIRST)
+
+
+# More than linear: d² of W_Q + ...
+MORE_THAN_LINEAR = {"linear_matched": 0, "linear_anchored": 0, "nonlinear_zero": 2 * D, "gated": 0, "swiglu": 0}
+MORE_THAN_LINEAR |= {"temperature": (D + 1) * H - D**2, "nonlinear_per_head": 2 * D + H, "linear_qk_gain": H}
+MORE_THAN_LINEAR |= {"identity_qk_gain": H - D**2, "nonlinear_qk_gain": 2 * D + H, "identity_gated": 0}
+MORE_THAN_LINEAR |= {"nonlinear_key": 2 * D, "nonlinear_value": 2 * D}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_parameters_beyond_those_of_linear(mode):
+    count = lambda mode: sum(p.numel() for p in attention(mode).parameters())  # noqa: E731
+    assert count(mode) - count("linear") == MORE_THAN_LINEAR[mode]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@torch.no_grad()
+def test_no_output_depends_on_later_tokens(mode):
+    model = GPT(replace(CONFIG, query_mode=mode, n_layer=2)).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.1, 0.5, generator=torch.Generator().manual_seed(2))
+    idx = torch.arange(8)[None] % 11
+    changed = idx.clone()
+    changed[0, 5] = 10
+    same = (model(idx)[0] == model(changed)[0]).all(-1)[0]
+    assert same[:5].all() and not same[5:].any()
