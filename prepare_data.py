@@ -1,6 +1,7 @@
 """Turn text into tokens: python prepare_data.py NAME writes data/NAME/{train.bin, val.bin, meta.json}.
 
     stdlib            the Python source of this interpreter's standard library, as bytes; no network
+    machine_code      no text: the compiled modules of that library, as bytes; no network
     shakespeare_char  tiny Shakespeare, one token a character
     shakespeare       tiny Shakespeare, GPT-2 BPE
     text              your own files: --name NAME --input FILE_OR_FOLDER ... --tokenizer gpt2|char|byte
@@ -27,7 +28,7 @@ from utils.settings import Parser, UserError, checked, run_program
 from utils.tokenizers import load_tokenizer
 
 DATA_DIR = Path("data")
-SMALL = ("stdlib", "shakespeare_char", "shakespeare")  # prepared by train.py on first use
+SMALL = ("stdlib", "machine_code", "shakespeare_char", "shakespeare")  # prepared by train.py on first use
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
@@ -160,10 +161,16 @@ def encode(doc, data, encoder):
         raise UserError(f"{doc.name} is not UTF-8 text ({where}); --tokenizer byte takes any file") from None
 
 
-def stdlib():
+def standard_library(name):
+    """stdlib or machine_code: what Python itself is made of."""
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-    documents = find_documents(Path(sysconfig.get_path("stdlib")), "*.py", skip)
-    write_dataset("stdlib", documents, "byte", f"Python {platform.python_version()}'s standard library")
+    pattern, kind = "*.py", "standard library"
+    if name == "machine_code":
+        pattern, kind = f"*{sysconfig.get_config_var('EXT_SUFFIX')}", "compiled modules"
+    documents = find_documents(Path(sysconfig.get_path("stdlib")), pattern, skip)
+    if not documents:
+        raise UserError(f"this Python has no {kind} as files ({pattern})")
+    write_dataset(name, documents, "byte", f"Python {platform.python_version()}'s {kind}")
 
 
 def shakespeare(name, file=None):
@@ -198,6 +205,7 @@ def read_options(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     datasets = parser.add_subparsers(dest="dataset", metavar="NAME", required=True)
     datasets.add_parser("stdlib")
+    datasets.add_parser("machine_code")
     for name in ("shakespeare_char", "shakespeare"):
         datasets.add_parser(name).add_argument("--input", help="a copy of the text, where there is no network")
     own = datasets.add_parser("text")
@@ -225,8 +233,8 @@ def shard_range(text):
 
 def main(argv=None):
     options = read_options(argv)
-    if options.dataset == "stdlib":
-        stdlib()
+    if options.dataset in ("stdlib", "machine_code"):
+        standard_library(options.dataset)
     elif options.dataset == "text":
         text(options.name, options.input, options.tokenizer)
     elif options.dataset == "openwebtext":

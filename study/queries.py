@@ -219,7 +219,7 @@ class LinearNonlinearValueQuery(LinearQuery):
     attention = NonlinearValueAttention
 
 
-QUERIES |= {
+CANDIDATES = {
     "linear_matched": MatchedLinearQuery,
     "linear_anchored": AnchoredLinearQuery,
     "nonlinear_zero": ZeroNonlinearQuery,
@@ -234,6 +234,9 @@ QUERIES |= {
     "nonlinear_key": LinearNonlinearKeyQuery,
     "nonlinear_value": LinearNonlinearValueQuery,
 }
+
+for name, query in CANDIDATES.items():
+    QUERIES.setdefault(name, query)  # a query of that name in model.py is a fork's own, and wins
 
 if __name__ == "__main__":
     run_program(main)

@@ -13,7 +13,7 @@ from pathlib import Path
 from model import GPTConfig
 from prepare_data import Dataset, prepare_if_small
 from study.ngrams import ngram_losses, seen_by
-from study.plan import Run
+from study.plan import Run, Study
 from study.queries import QUERIES  # noqa: F401  study/ has queries of its own
 from train import Settings
 from utils.checkpoint import RunFolder, check_resume
@@ -23,6 +23,14 @@ from utils.settings import UserError, read_command
 
 MAY_DIFFER = {"device", "compile", "peak_tflops", "log_interval", "watch", "wandb_log", "wandb_project"}  # between runs
 PLAN = ("config", "arms", "learning_rates", "tuning_seeds", "seeds", "comparisons", "margin", "half_width", "spread")
+
+
+def load(folder):
+    """A study from what it left in its folder."""
+    told = RunFolder(folder).read_json("study.json", *PLAN)
+    study = Study(**{key: told[key] for key in PLAN}, folder=folder, devices=[None])
+    read(study)
+    return study
 
 
 def settings_of(study, run, device):

@@ -21,7 +21,7 @@ from utils.settings import UserError
 pytest.importorskip("scipy", reason="a study needs scipy")
 pytest.importorskip("matplotlib", reason="a study needs matplotlib")
 
-from study import ablate, report, runs  # noqa: E402
+from study import ablate, ladder, report, runs  # noqa: E402
 from study.plan import Run, Study  # noqa: E402
 
 # Four arms, of which two diverge, with two seeds at one rate.
@@ -125,9 +125,7 @@ def test_a_plan_is_read_from_a_file_and_stands_once_it_is_measured(grid):
 
 
 def test_an_arm_can_be_added_later(grid):
-    told = json.loads(Path("r/study.json").read_text())
-    study = Study(**{key: told[key] for key in runs.PLAN}, folder=Path("r"), devices=["cpu"])
-    runs.read(study)
+    study = runs.load(Path("r"))
     before, pairs = dict(study.records), len(study.comparisons)
     study.arms["new"] = {"query_mode": "identity"}
     study.comparisons.append(["new", LINEAR])
@@ -139,6 +137,24 @@ def test_an_arm_can_be_added_later(grid):
     del study.arms["new"]
     with pytest.raises(UserError, match="arms was"):
         runs.write_plan(study, "command")
+
+
+def test_the_ladder_puts_studies_in_the_order_of_their_size(grid):
+    for factor, name in ((4, "big"), (1, "small")):  # twice the losses: the same differences in percent
+        shutil.copytree("r", name)
+        lines = list(records("r").values())
+        for line in lines:
+            line["config"]["parameters"]["non_embedding"] *= factor
+            if line["summary"]:
+                line["summary"]["final_val_loss"] *= factor
+        Path(name, "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ladder.main(["big", "small", "--out=ladder"])
+    rows = [row.split(" | ") for row in Path("ladder/ladder.md").read_text().splitlines() if NONLINEAR in row]
+    assert [row[0] for row in rows] == ["| 3,120", "| 12,480"] and rows[0][3] == rows[1][3] and "%" in rows[0][3]
+    x = {mode: [losses()[f"{mode}-lr0.01-seed{seed}"] for seed in (1, 2)] for mode in (LINEAR, NONLINEAR)}
+    assert f"{100 * (np.mean(x[NONLINEAR]) / np.mean(x[LINEAR]) - 1):+.2f} % [" in rows[0][3]
+    bars = ladder.draw(ladder.sizes([runs.load(Path("big")), runs.load(Path("small"))]), Path("ladder")).axes[0]
+    assert len(bars.containers) == 1  # the arms that diverged have no difference
 
 
 def test_what_a_study_needs_is_asked_for():
@@ -299,9 +315,7 @@ PUBLISHED = ROOT / "study" / "results" / "stdlib_cpu"
 
 
 def test_the_published_tables_are_those_of_the_records():
-    told = json.loads((PUBLISHED / "study.json").read_text())
-    study = Study(**{key: told[key] for key in runs.PLAN}, folder=PUBLISHED, devices=["cpu"])
-    runs.read(study)
+    study = runs.load(PUBLISHED)
     texts = [(PUBLISHED / "report.md").read_text("utf-8"), (ROOT / "study/README.md").read_text("utf-8")]
     parts = (report.plan, report.verdict_table, report.arm_table, report.note, report.lines, report.rate_table)
     assert len(study.records) == len(records(PUBLISHED)) and all(part(study) in texts[0] for part in parts)

@@ -71,6 +71,22 @@ def test_stdlib_holds_this_pythons_source_split_by_file():
     assert f"{sys.version_info[0]}.{sys.version_info[1]}" in meta["source"]
 
 
+def test_machine_code_holds_the_compiled_modules():
+    modules = [*Path(sysconfig.get_path("stdlib"), "lib-dynload").glob(f"*{sysconfig.get_config_var('EXT_SUFFIX')}")]
+    if len(modules) < 10:
+        pytest.skip("this Python's modules are compiled into it")
+    prepare_data.main(["machine_code"])
+    documents = []
+    for part in ("train", "val"):
+        ids, meta = read("machine_code", part)
+        documents += "".join(map(chr, ids)).split(chr(256))[:-1]
+        assert (meta["vocab_size"], meta["documents"]) == (
+            257,
+            len(modules) // 10 if part == "val" else meta["documents"],
+        )
+    assert sorted(doc.encode("latin-1") for doc in documents) == sorted(path.read_bytes() for path in modules)
+
+
 def test_the_split_does_not_depend_on_the_order_of_the_listing():
     documents = [Document(f"folder/{n}.py", Path("x")) for n in range(100)]
     expected = split(documents)

@@ -1,0 +1,79 @@
+"""Differences against size: python -m study.ladder STUDY STUDY ... --out FOLDER
+
+Each STUDY is the folder of a study of one size, in which every arm has its own best rate. Writes ladder.md and ladder.svg.
+"""
+
+import itertools
+import sys
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from study import runs
+from study.report import COLOURS, interval, table
+from utils.checkpoint import RunFolder
+from utils.files import new_file
+from utils.settings import Parser, UserError, run_program
+
+
+def read_options(argv):
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("studies", nargs="+", type=Path, help="folders of studies, one a size")
+    parser.add_argument("--out", type=Path, required=True, help="folder for ladder.md and ladder.svg")
+    return parser.parse_args(argv)
+
+
+def sizes(studies):
+    """Studies -> (non-embedding parameters of the baseline, tokens a run, its comparisons) of each, smallest first."""
+    found = []
+    for study in studies:
+        record = next((record for run, record in study.records.items() if run.arm == next(iter(study.arms))), None)
+        if not record:
+            raise UserError(f"{study.folder} has no run of its baseline yet")
+        rows = [row for row in study.compare() if row]
+        found.append((record["config"]["parameters"]["non_embedding"], record["summary"]["tokens"], rows))
+    return sorted(found, key=lambda size: size[0])
+
+
+def size_table(found):
+    rows = [
+        [f"{parameters:,}", f"{tokens:,}", f"{row.arm} against {row.other}", interval(*row[2:5]), row.verdict]
+        for parameters, tokens, comparisons in found
+        for row in comparisons
+    ]
+    return table(["non-embedding parameters", "tokens", "comparison", "log-loss", "verdict"], rows)
+
+
+def draw(found, folder):
+    """ladder.svg: each comparison's difference and its 95 % interval against the size -> its figure."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes, pairs = figure.subplots(), dict.fromkeys((row.arm, row.other) for _, _, rows in found for row in rows)
+    for number, ((arm, other), colour) in enumerate(zip(pairs, itertools.cycle(COLOURS))):
+        points = [(n, row) for n, _, rows in found for row in rows if (row.arm, row.other) == (arm, other)]
+        x = [n * 1.04 ** (number - len(pairs) / 2) for n, _ in points]  # side by side
+        y, half = [row.mean for _, row in points], [row.high - row.mean for _, row in points]
+        axes.errorbar(x, y, half, fmt="o-", color=colour, capsize=3, lw=0.9, label=f"{arm} against {other}")
+    axes.axhline(0, color="#555555", lw=0.8)
+    axes.set(
+        xscale="log", xlabel="non-embedding parameters", ylabel="difference of validation loss (%), lower is better"
+    )
+    axes.legend(frameon=False, fontsize="small")
+    axes.grid(alpha=0.2)
+    matplotlib.rcParams["svg.hashsalt"] = "nlqgpt"
+    with new_file(folder / "ladder.svg") as f:
+        figure.savefig(f, format="svg", metadata={"Date": None})
+    return figure
+
+
+def main(argv=None):
+    options = read_options(sys.argv[1:] if argv is None else argv)
+    found = sizes([runs.load(folder) for folder in options.studies])
+    options.out.mkdir(parents=True, exist_ok=True)
+    draw(found, options.out)
+    RunFolder(options.out).write_text("ladder.md", f"{size_table(found)}\n\n![Difference against size](ladder.svg)\n")
+    print(f"ladder: {options.out / 'ladder.md'}")
+
+
+if __name__ == "__main__":
+    run_program(main)
