@@ -24,7 +24,7 @@ PLAN = """Primary comparison: {primary}. Secondary: {secondary}.{later} Margin o
 {spread:g} %, so {n} seeds find a primary difference of {found:.2f} % in four of five studies."""
 NOTE = """Validation loss in nats a token after the last step: mean ± standard deviation over the measuring seeds. \
 Differences are in percent of the other arm's loss, lower is better; in brackets is the 95 % interval, from the variance \
-pooled over all arms ({sd:.4f} nats a run, or {percent:.2f} %, {df} degrees of freedom). {odd}Usable rates: their mean over the \
+pooled over all arms{pooled}. {odd}Usable rates: their mean over the \
 tuning seeds is within 1 % of the best. Failed: runs that diverged or never learned, of all. MFLOP: of a training step, per \
 token. tokens/s: measured apart, in turns, relative to {baseline}."""
 VERDICTS = """p is of no difference, for the secondary comparisons Holm's; better or worse: p < 0.05. Equivalent: the 95 % \
@@ -130,10 +130,12 @@ def note(study):
     losses = study.losses(study.measured())
     odd = stats.own_spread(losses)
     variance, df = stats.pooled([x for arm, x in losses.items() if arm not in odd])
-    mean = np.mean([x for found in losses.values() for x in found]) if any(losses.values()) else math.nan
+    pooled = ""
+    if df:
+        sd, mean = math.sqrt(variance), np.mean([x for found in losses.values() for x in found])
+        pooled = f" ({sd:.4f} nats a run, or {100 * sd / mean:.2f} %, {df} degrees of freedom)"
     words = f"A spread of their own, and Welch's test, have: {', '.join(sorted(odd))}. " if odd else ""
-    sd, base = math.sqrt(variance), next(iter(study.arms))
-    return NOTE.format(sd=sd, percent=100 * sd / mean, df=df, odd=words, baseline=base)
+    return NOTE.format(pooled=pooled, odd=words, baseline=next(iter(study.arms)))
 
 
 def lines(study):
@@ -143,11 +145,11 @@ def lines(study):
     counts = ", ".join(f"{n}-grams {loss:.4f}" for n, loss in study.ngrams.items() if n > 1)
     words = f"Counting the same tokens reaches: {counts} (interpolated after Witten and Bell)."
     losses = study.losses(study.measured())
-    above = {arm: np.mean(found) - study.ngrams[5] for arm, found in losses.items() if found}
-    above = [f"{arm} by {off:.4f}" for arm, off in above.items() if off > 0]
+    off = {arm: np.mean(found) - study.ngrams[5] for arm, found in losses.items() if found}
+    above = [f"{arm} by {nats:.4f}" for arm, nats in off.items() if nats > 0]
     if above:
         return f"{words} **The study is too short to conclude**: above the 5-grams ended {', '.join(above)}."
-    return f"{words} Every arm ended below the 5-grams."
+    return f"{words} Every arm ended below the 5-grams." if off else words
 
 
 def seed_table(study):
