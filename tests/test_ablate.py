@@ -319,7 +319,7 @@ def test_the_published_tables_are_those_of_the_records():
     texts = [(PUBLISHED / "report.md").read_text("utf-8"), (ROOT / "study/README.md").read_text("utf-8")]
     parts = (report.plan, report.verdict_table, report.arm_table, report.note, report.lines, report.rate_table)
     assert len(study.records) == len(records(PUBLISHED)) and all(part(study) in texts[0] for part in parts)
-    assert all(part(study) in texts[1] for part in (report.verdict_table, report.arm_table, report.lines))
+    assert all(part(study) in texts[1] for part in (report.rate_table, report.lines))
 
 
 def test_every_number_of_the_published_verdicts_computed_anew():
@@ -335,9 +335,11 @@ def test_every_number_of_the_published_verdicts_computed_anew():
     rates, x = dict(x), {arm: np.array(losses) for (arm, _), losses in x.items()}
     assert len(rates) == len(x) and "A spread of their own" not in text  # each arm is measured at one rate
     df = sum(len(losses) - 1 for losses in x.values())
-    sd = math.sqrt(sum(((losses - losses.mean()) ** 2).sum() for losses in x.values()) / df)
+    sd = math.sqrt(sum(((losses - losses.mean()) ** 2).sum() for losses in x.values()) / max(1, df))
     rows, p = [], []
     for arm, other in told["comparisons"]:
+        if min(len(x.get(name, ())) for name in (arm, other)) < 2:  # not measured yet
+            continue
         error, difference = sd * math.sqrt(1 / len(x[arm]) + 1 / len(x[other])), x[arm].mean() - x[other].mean()
         interval = np.array([difference, *scipy_stats.t.interval(0.95, df, difference, error)])
         percent = 100 * interval / x[other].mean(), 100 * np.expm1(interval)
