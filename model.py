@@ -224,7 +224,7 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) token ids -> (logits (B, T, V), loss), where loss is None without targets.
 
-        targets (B, T) are the tokens that follow; the loss is the mean cross-entropy in nats over those that are not
+        targets (B, T) are the tokens to predict; the loss is the mean cross-entropy in nats over those that are not
         -1. With a cache (a list of one KVCache per layer) idx continues the tokens seen so far, one at a time once the
         cache holds any, and the logits are those of the last position (B, 1, V). ValueError past block_size tokens.
         """

@@ -2,12 +2,12 @@
 
 Without a file it trains config/quickstart.py. Keys are the settings below and the model's own; flags
 override the file, and a bare --key sets a switch to true. vocab_size is the data set's unless given.
+--objective=masked trains an encoder.
 The run is left in out/<name of the config file>, and --resume goes on with it.
 On several GPUs: torchrun --standalone --nproc_per_node=8 train.py config/FILE.py
 """
 
 import math
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -21,8 +21,8 @@ from prepare_data import Dataset, prepare_if_small
 from utils.checkpoint import RunFolder, describe
 from utils.device import StopSignal, autocast, barrier, launch_command, measure_speed, print0, processes
 from utils.device import rank, resolve, sum_over_ranks, world_size
-from utils.settings import UserError, clock, list_settings, read_command, run_program
-from utils.watch import check_loss_scale, largest_attention_logit
+from utils.settings import UserError, list_settings, read_command, run_program
+from utils.watch import check_finite, check_gradient, check_loss_scale, largest_attention_logit
 
 # ---------------------------------------------------------------------------------------------------
 # Settings. The comment behind a setting is what --help prints; None is written "auto".
@@ -34,7 +34,10 @@ class Settings:
     out_dir: str | None = None  # the run's folder; auto: out/<name of the config file>
     resume: bool = False  # go on with the run in out_dir
     eval_only: bool = False  # evaluate the weights (with resume: the checkpoint's) and stop; writes nothing
-    seed: int = 1337  # of weights, batches and dropout, each with random numbers of its own
+    seed: int = 1337  # of weights, batches, masks and dropout, each with random numbers of its own
+    # the objective
+    objective: str = "next"  # next | masked: predict the next token, or, as an encoder, tokens that are hidden
+    mask_share: float = 0.15  # masked: the share of each sequence that is hidden
     # data
     dataset: str = "openwebtext"  # a folder in data/; see prepare_data.py
     batch_size: int = 12  # sequences in one micro-batch
@@ -65,7 +68,7 @@ class Settings:
 
 
 # ---------------------------------------------------------------------------------------------------
-# The batch of a step.
+# The batch of a step, and the objective.
 
 
 def get_offsets(data, seed, step, n):
@@ -74,34 +77,42 @@ def get_offsets(data, seed, step, n):
     return (raw % (data.n_tokens("train") - data.block_size)).astype(np.int64)
 
 
-def get_batch(data, split, offsets, end, device):
-    """Windows at offsets (n,) -> inputs and targets, (n, block_size) each; a target at or past end is -1."""
+def get_holes(data, settings, offsets, *key):
+    """The tokens that are hidden in the windows at offsets (n,) -> True there, (n, block_size), for each window a pure
+    function of (key, offset); None where the objective is the next token."""
+    if settings.objective == "next":
+        return None
+    count = max(1, round(settings.mask_share * data.block_size))  # equal, so that micro-batches weigh the same
+    raw = [np.random.Philox(key=derive_seed(*key, offset)).random_raw(data.block_size) for offset in offsets.tolist()]
+    return raw <= np.sort(raw)[:, count - 1 : count]  # where the smallest random numbers are
+
+
+def get_batch(data, split, offsets, end, device, holes=None):
+    """Windows at offsets (n,) -> inputs and targets, (n, block_size) each; a target at or past end is -1.
+
+    With holes (n, block_size) the targets are the tokens there, in whose place the inputs have the mask token, the first
+    id beyond the data's. Unlike BERT's, none is kept or changed at random: that is not needed (arXiv:2202.08005).
+    """
     tokens = data.tokens(split)
     windows = np.full((len(offsets), data.block_size + 1), -1, np.int64)
     for window, offset in zip(windows, offsets):
         part = tokens[offset : min(offset + data.block_size + 1, end)]
         window[: len(part)] = part
-    largest = int(windows.max())
-    if largest >= data.vocab_size:
-        path = data.folder / f"{split}.bin"
-        raise UserError(
-            f"{path} holds the token id {largest}, but its vocabulary has {data.vocab_size:,}; prepare it anew"
-        )
-    windows = torch.from_numpy(windows)
+    if (largest := windows.max()) >= data.vocab_size:
+        found = f"{data.folder / split}.bin holds the token id {largest}, but its vocabulary has {data.vocab_size:,}"
+        raise UserError(f"{found}; prepare it anew")
+    x, y = windows[:, :-1], windows[:, 1:]
+    if holes is not None:
+        x, y = np.where(holes, data.vocab_size, x), np.where(holes, x, -1)
+    batch = torch.from_numpy(np.stack([x.clip(min=0), y]))
     if device.startswith("cuda"):  # from pinned memory the copy overlaps with computation
-        windows = windows.pin_memory().to(device, non_blocking=True)
-    windows = windows.to(device)
-    return windows[:, :-1].clamp(min=0), windows[:, 1:].contiguous()
-
-
-# ---------------------------------------------------------------------------------------------------
-# The objective.
+        batch = batch.pin_memory().to(device, non_blocking=True)
+    return batch.to(device).unbind()
 
 
 class Objective(torch.nn.Module):
-    """What is minimised: the mean cross-entropy of the next token. Another objective goes here, and its weighting into
-    `evaluate`. It returns the loss alone: with logits as a second output, the compiled step would write and read a
-    gradient of zeros for them."""
+    """What is minimised: the mean cross-entropy of the targets that `get_batch` gives. It returns the loss alone: with
+    logits as a second output, the compiled step would write and read a gradient of zeros for them."""
 
     def __init__(self, model):
         super().__init__()
@@ -112,7 +123,41 @@ class Objective(torch.nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------
-# The learning rate.
+# Evaluation.
+
+
+@torch.no_grad()
+def evaluate(objective, data, settings):
+    """Mean loss in nats per token over the tokens of val.bin (the first eval_tokens), perplexity, and bits per byte of text.
+
+    The windows tile the file, so that every token but the first is predicted once, whatever the batch size and the
+    number of processes. Of an encoder it is the loss in holes that are the same for every run, without bits per byte.
+    """
+    batch_size, val = settings.batch_size, data.meta["val"]
+    n = min(val["tokens"] - 1, settings.eval_tokens or math.inf)  # tokens to predict
+    if settings.objective == "masked":  # only whole windows, since an encoder would see what fills up the last one
+        n = max(data.block_size, n - n % data.block_size)
+    offsets = np.arange(0, n, data.block_size)
+    offsets = np.pad(offsets, (0, -len(offsets) % batch_size), constant_values=n + 1)  # fill up with empty windows
+    total, targets = 0.0, 0
+    objective.eval()
+    for batch in offsets.reshape(-1, batch_size)[rank() :: world_size()]:
+        holes = get_holes(data, settings, batch, "validation")
+        x, y = get_batch(data, "val", batch, n + 1, settings.device, holes)
+        count = (y >= 0).sum().item()
+        with autocast(settings):
+            total += objective(x, y).item() * count
+        targets += count
+    objective.train()
+    loss = sum_over_ranks(total, settings.device) / sum_over_ranks(targets, settings.device)
+    found = {"val_loss": loss, "perplexity": math.exp(min(loss, 700))}
+    if settings.objective == "next":  # masked tokens alone do not add up to a text
+        found["bits_per_byte"] = loss / math.log(2) * val["tokens"] / val["text_bytes"]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------
+# One step.
 
 
 def get_lr(settings, step):
@@ -126,37 +171,6 @@ def get_lr(settings, step):
     return settings.min_lr + coeff * (settings.learning_rate - settings.min_lr)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Evaluation.
-
-
-@torch.no_grad()
-def evaluate(objective, data, settings):
-    """Mean loss in nats per token over the tokens of val.bin (the first eval_tokens), perplexity, and bits per byte of text.
-
-    The windows tile the file, so that every token but the first is predicted once, whatever the
-    batch size and the number of processes.
-    """
-    batch_size, val = settings.batch_size, data.meta["val"]
-    n = min(val["tokens"] - 1, settings.eval_tokens or math.inf)  # tokens to predict
-    offsets = np.arange(0, n, data.block_size)
-    offsets = np.pad(offsets, (0, -len(offsets) % batch_size), constant_values=n + 1)  # fill up with empty windows
-    total = 0.0
-    objective.eval()
-    for batch in offsets.reshape(-1, batch_size)[rank() :: world_size()]:
-        x, y = get_batch(data, "val", batch, n + 1, settings.device)
-        with autocast(settings):
-            total += objective(x, y).item() * (y >= 0).sum().item()
-    objective.train()
-    loss = sum_over_ranks(total, settings.device) / n
-    bits_per_byte = loss / math.log(2) * val["tokens"] / val["text_bytes"]
-    return {"val_loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits_per_byte}
-
-
-# ---------------------------------------------------------------------------------------------------
-# One step.
-
-
 def make_optimizer(model, settings):
     """AdamW; weight decay on matrices and embeddings, none on gains and biases."""
     parameters = list(model.parameters())
@@ -168,22 +182,28 @@ def make_optimizer(model, settings):
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)
 
 
+def get_micro_batches(data, settings, step):
+    """This process's part of the batch of a step, one micro-batch (inputs, targets) at a time."""
+    # The whole step's batch is drawn first and cut afterwards: neither the size of a micro-batch nor
+    # the number of processes can change the data.
+    offsets = get_offsets(data, settings.seed, step, settings.gradient_accumulation_steps * settings.batch_size)
+    for micro_batch in offsets.reshape(-1, settings.batch_size)[rank() :: world_size()]:
+        holes = get_holes(data, settings, micro_batch, settings.seed, "holes", step)
+        yield get_batch(data, "train", micro_batch, data.n_tokens("train"), settings.device, holes)
+
+
 def train_step(objective, optimizer, scaler, data, settings, step):
     """One update -> this process's mean loss and the gradient norm before clipping, both left on the device."""
     for group in optimizer.param_groups:
         group["lr"] = get_lr(settings, step)
     torch.manual_seed(derive_seed(settings.seed, "dropout", step, rank()))
-    # The whole step's batch is drawn first and cut afterwards: neither the size of a micro-batch nor
-    # the number of processes can change the data.
-    offsets = get_offsets(data, settings.seed, step, settings.gradient_accumulation_steps * settings.batch_size)
-    micro_batches = offsets.reshape(-1, settings.batch_size)[rank() :: world_size()]
+    n_micro_batches = settings.gradient_accumulation_steps // world_size()  # of this process
     mean_loss = torch.zeros((), device=settings.device)
-    for number, micro_batch in enumerate(micro_batches, 1):
+    for number, (x, y) in enumerate(get_micro_batches(data, settings, step), 1):
         if world_size() > 1:  # processes exchange gradients once a step, after the last micro-batch
-            objective.require_backward_grad_sync = number == len(micro_batches)
-        x, y = get_batch(data, "train", micro_batch, data.n_tokens("train"), settings.device)
+            objective.require_backward_grad_sync = number == n_micro_batches
         with autocast(settings):
-            loss = objective(x, y) / len(micro_batches)
+            loss = objective(x, y) / n_micro_batches
         scaler.scale(loss).backward()
         mean_loss += loss.detach()
     scaler.unscale_(optimizer)
@@ -194,19 +214,18 @@ def train_step(objective, optimizer, scaler, data, settings, step):
     return mean_loss, norm
 
 
-def check_finite(value, run, step, settings):
-    """Stop the run where the value, a number or tensor, is not finite in some process; nothing is saved then."""
-    if not math.isfinite(sum_over_ranks(value, settings.device)):
-        run.log({"step": step, "diverged": True})
-        kept = "the last checkpoint is kept" if run.holds("ckpt.pt") else "there is no checkpoint yet"
-        raise UserError(
-            f"the loss is not finite at step {step}; {kept}. A lower learning_rate "
-            f"(now {settings.learning_rate:g}), a longer warm-up (now {settings.warmup_iters}) or --qk_norm may help"
-        )
-
-
 # ---------------------------------------------------------------------------------------------------
 # The run. All processes do the same on their share of each batch; the first one writes and prints.
+
+
+def fit_to_data(config, settings, data):
+    """Give the model what the objective and the data ask for; masking takes a token that the data does not have."""
+    config.causal = settings.objective == "next"
+    needed = data.vocab_size + (not config.causal)
+    config.vocab_size = config.vocab_size or needed
+    if config.vocab_size < needed:
+        what = f"the {needed} of {settings.dataset}" + ("" if config.causal else " and the mask token")
+        raise UserError(f"vocab_size={config.vocab_size} is smaller than {what}", status=2)
 
 
 def train(settings, config, command):
@@ -215,10 +234,7 @@ def train(settings, config, command):
         prepare_if_small(settings.dataset)
     barrier()
     data = Dataset(settings.dataset, config.block_size)
-    config.vocab_size = config.vocab_size or data.vocab_size
-    if config.vocab_size < data.vocab_size:
-        too_small = f"vocab_size={config.vocab_size} is smaller than the {data.vocab_size} of {settings.dataset}"
-        raise UserError(too_small, status=2)
+    fit_to_data(config, settings, data)
     model = GPT(config, seed=settings.seed).to(settings.device)
     optimizer = make_optimizer(model, settings)
     scaler = torch.amp.GradScaler(settings.device.split(":")[0], enabled=settings.dtype == "float16")
@@ -227,8 +243,7 @@ def train(settings, config, command):
     started = time.perf_counter()
     # The part of a checkpoint that is neither model nor optimizer. The timed steps leave out what says nothing about
     # speed: the first step of a session (compilation), evaluations and saving.
-    state = {"step": 0, "val": None, "best_val_loss": math.inf}
-    state |= {"seconds": 0.0, "timed_steps": 0, "timed_seconds": 0.0}
+    state = {"step": 0, "val": None, "best_val_loss": math.inf, "seconds": 0.0, "timed_steps": 0, "timed_seconds": 0.0}
     run = RunFolder(settings.out_dir, writes=rank() == 0 and not settings.eval_only)
 
     def seconds():  # since the run began, earlier sessions included
@@ -252,10 +267,8 @@ def train(settings, config, command):
         objective = Objective(model)
         if settings.compile:
             objective.compile()  # in place, so that the names of the weights stay as they are
-        replica = objective
-        if world_size() > 1:
-            devices = None if settings.device == "cpu" else [settings.device]
-            replica = DistributedDataParallel(objective, device_ids=devices)
+        devices = None if settings.device == "cpu" else [settings.device]
+        replica = DistributedDataParallel(objective, device_ids=devices) if world_size() > 1 else objective
         first_step = state["step"]  # of this session
         health = torch.zeros((), device=settings.device)  # the sum of losses and norms: finite as long as each was
 
@@ -272,9 +285,7 @@ def train(settings, config, command):
                 state["best_val_loss"] = min(val["val_loss"], state["best_val_loss"])
                 state["val"] = {"step": step, **val}
                 log(**val)
-                words = f"perplexity {val['perplexity']:.2f} bits/byte {val['bits_per_byte']:.3f}"
-                words += f" in {time.perf_counter() - began:.1f} s"
-                print0(f"step {step}/{settings.max_iters} val loss {val['val_loss']:.4f} {words}")
+                print0(f"step {step}/{settings.max_iters} {run.words(val)} in {time.perf_counter() - began:.1f} s")
                 if best and step > 0:
                     save("best.pt")
                 if step > 0:
@@ -296,22 +307,19 @@ def train(settings, config, command):
                 check_finite(health, run, step, settings)
                 check_loss_scale(scaler)
                 loss, norm = sum_over_ranks(loss, settings.device) / world_size(), norm.item()
-                if step == 1 and norm == 0:
-                    raise UserError("the first gradient is exactly 0, so nothing is learned; try --compile=false")
+                check_gradient(norm, step)
                 elapsed, steps = time.perf_counter() - timer, step - timer_step
                 speed, words = {"tokens_per_second": None, "mfu": None}, f"first step {elapsed:.1f} s"
                 if step > first_step + 1:
                     state["timed_steps"] += steps
                     state["timed_seconds"] += elapsed
-                    speed, words = measure_speed(model, settings, elapsed / steps, tokens_per_step)
-                    words += f" eta {clock((settings.max_iters - step) * elapsed / steps)}"
+                    speed, words = measure_speed(model, settings, elapsed / steps, tokens_per_step, step)
                 lr = get_lr(settings, step - 1)
                 print0(f"step {step}/{settings.max_iters} loss {loss:.4f} lr {lr:.1e} norm {norm:.2f} {words}")
                 watched = {}
                 if settings.watch:
-                    offsets = get_offsets(data, settings.seed, step, 1)
-                    x, _ = get_batch(data, "train", offsets, data.n_tokens("train"), settings.device)
-                    watched["largest_logit"] = largest_attention_logit(model, x, settings)
+                    x, _ = next(get_micro_batches(data, settings, step))
+                    watched["largest_logit"] = largest_attention_logit(model, x[:1], settings)
                 log(train_loss=loss, learning_rate=lr, grad_norm=norm, **speed, **watched)
                 timer_step, timer = step, time.perf_counter()
 
@@ -320,11 +328,9 @@ def train(settings, config, command):
                 check_finite(health, run, step, settings)
                 save("ckpt.pt")
                 barrier()  # no process ends, and takes the others along, before the checkpoint is in place
-                resume = command if settings.resume else f"{command} --resume"
-                print0(f"stopped after step {step} and saved; go on with: {resume}")
-                return 128 + (stop.number or signal.SIGTERM)  # a process that was not told stops like one that was
+                return run.stop(settings, command, step, stop.number)
 
-        run.finish(state, tokens_per_step, seconds(), settings.device)
+        run.finish(settings, state, tokens_per_step, seconds())
     return 0
 
 

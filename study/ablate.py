@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, GPTConfig
+from model import GPT, QUERIES, GPTConfig
 from train import Settings
 from utils.checkpoint import RunFolder
 from utils.files import locked
@@ -27,7 +27,7 @@ from utils.settings import split_command
 try:
     from study import report, runs, stats
     from study.plan import Run, Study
-    from study.queries import QUERIES
+    from study.queries import CANDIDATES, register
 except ImportError as e:
     if e.name.partition(".")[0] not in ("scipy", "matplotlib"):
         raise
@@ -39,7 +39,7 @@ NOT_FOR_A_GRID = {"out_dir", "resume", "eval_only", "device"}
 
 def named_arms(d):
     """The arms by name, for a model of width d: what each sets. A fork adds its own in one line."""
-    return {mode: {"query_mode": mode} for mode in QUERIES} | {
+    return {mode: {"query_mode": mode} for mode in QUERIES | CANDIDATES} | {
         "identity_mlp": {"query_mode": "identity", "mlp_hidden": 9 * d // 2},  # the d² of W_Q in the MLP: of equal size
         "nonlinear_no_gelu": {"query_mode": "nonlinear", "query_activation": "none"},
         "linear_wide": {"query_mode": "linear", "mlp_hidden": 19 * d // 4},  # 12.5 % more non-embedding parameters
@@ -198,6 +198,7 @@ def measure_speeds(study):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
+    register()
     study, options = read_options(argv)
     with contextlib.nullcontext() if options.dry_run else locked(study.folder):
         runs.read(study)

@@ -235,8 +235,13 @@ CANDIDATES = {
     "nonlinear_value": LinearNonlinearValueQuery,
 }
 
-for name, query in CANDIDATES.items():
-    QUERIES.setdefault(name, query)  # a query of that name in model.py is a fork's own, and wins
+
+def register():
+    """Add them to model.py's; a query of that name there is a fork's own, and wins."""
+    for name, query in CANDIDATES.items():
+        QUERIES.setdefault(name, query)
+
 
 if __name__ == "__main__":
+    register()
     run_program(main)

@@ -14,8 +14,8 @@ from model import GPTConfig
 from prepare_data import Dataset, prepare_if_small
 from study.ngrams import ngram_losses, seen_by
 from study.plan import Run, Study
-from study.queries import QUERIES  # noqa: F401  study/ has queries of its own
-from train import Settings
+from study.queries import register
+from train import Settings, fit_to_data
 from utils.checkpoint import RunFolder, check_resume
 from utils.device import StopSignal, resolve
 from utils.files import locked, new_file
@@ -27,6 +27,7 @@ PLAN = ("config", "arms", "learning_rates", "tuning_seeds", "seeds", "comparison
 
 def load(folder):
     """A study from what it left in its folder."""
+    register()
     told = RunFolder(folder).read_json("study.json", *PLAN)
     study = Study(**{key: told[key] for key in PLAN}, folder=folder, devices=[None])
     read(study)
@@ -41,7 +42,7 @@ def settings_of(study, run, device):
     settings = resolve(replace(settings, device=device))
     prepare_if_small(settings.dataset)
     data = Dataset(settings.dataset, config.block_size)
-    config.vocab_size = config.vocab_size or data.vocab_size
+    fit_to_data(config, settings, data)
     return settings, config, data
 
 

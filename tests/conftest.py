@@ -12,7 +12,7 @@ import torch
 
 import prepare_data
 import train
-from model import GPT
+from model import GPT, QUERIES
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"  # real data for tests, where it exists
@@ -24,6 +24,15 @@ TEXT = "".join(f"{n} plus {m} is {n + m}.\n" for n in range(40) for m in range(n
 def one_folder_for_each_test(tmp_path, monkeypatch):
     """data/ and out/ are below the current folder, which is the test's own."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def only_the_queries_of_the_model():
+    """A test that adds queries adds them for itself."""
+    before = dict(QUERIES)
+    yield
+    QUERIES.clear()
+    QUERIES.update(before)
 
 
 @pytest.fixture

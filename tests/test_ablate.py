@@ -23,6 +23,7 @@ pytest.importorskip("matplotlib", reason="a study needs matplotlib")
 
 from study import ablate, ladder, report, runs  # noqa: E402
 from study.plan import Run, Study  # noqa: E402
+from study.queries import register  # noqa: E402
 
 # Four arms, of which two diverge, with two seeds at one rate.
 GRID = ["tiny.py", "--query_mode=linear,nonlinear", "--weight_decay=0.1,1e30", "--learning_rate=1e-2", "--tune="]
@@ -301,6 +302,7 @@ def test_the_matched_linear_query_starts_as_large_as_the_nonlinear_one():
     config = dict(block_size=8, vocab_size=8, n_layer=1, n_head=2, n_embd=256)
     x = torch.nn.functional.layer_norm(torch.randn(4, 8, 256, generator=torch.Generator().manual_seed(0)), (256,))
     sizes = {}
+    register()
     for mode in ("linear", "linear_matched", "nonlinear"):
         model = GPT(GPTConfig(query_mode=mode, **config))
         sizes[mode] = model.blocks[0].attn.query(x).std().item()

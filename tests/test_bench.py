@@ -1,14 +1,21 @@
-"""tools/bench.py runs to its end and measures every model; no number is tested, since they depend on the machine."""
+"""tools/bench.py runs to its end and measures every model; no number that depends on the machine is tested. What a plan
+counts is compared with formulas, and with real steps of small models."""
 
 import importlib.util
+import itertools
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from model import QUERIES
-from tools import bench, runbook
+import train
+from conftest import ROOT
+from model import GPT, QUERIES, GPTConfig
+from tools import bench, plan, runbook
+from utils.device import autocast, resolve
+from utils.settings import UserError, read_command
 
 HAS_PEER = importlib.util.find_spec("transformers") is not None
 PEER = ["--peer"] if HAS_PEER else []
@@ -72,3 +79,86 @@ def test_the_runbook_stops_where_the_gradients_are_wrong_and_at_no_other_failure
         book = json.loads(Path("r/gpu.json").read_text())
         assert book.get("generation", {}).get("rows") == rows
     assert "nothing else is measured" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------
+# The larger recipes, and what a plan says of them.
+
+GPT3 = {"small": (12, 768, 12, 6e-4), "medium": (24, 1024, 16, 3e-4), "large": (24, 1536, 16, 2.5e-4)}  # its table 2.1
+
+
+@pytest.mark.parametrize("size", GPT3)
+@pytest.mark.parametrize("prefix", ["", "nlq_"])
+def test_the_recipes_are_those_of_gpt3(size, prefix):
+    n_layer, d, n_head, rate = GPT3[size]
+    settings, config = read_command([f"{ROOT}/config/{prefix}gpt3_{size}.py"], train.Settings, GPTConfig)
+    assert (config.n_layer, config.n_embd, config.n_head, config.block_size) == (n_layer, d, n_head, 1024)
+    assert prefix or (settings.learning_rate, settings.min_lr) == (rate, pytest.approx(rate / 10))
+    assert settings.batch_size * settings.gradient_accumulation_steps * 1024 == pytest.approx(0.5e6, rel=0.02)
+    assert settings.max_iters == 60_002 and config.query_mode == ("nonlinear" if prefix else "linear")
+    with torch.device("meta"):
+        count = sum(p.numel() for p in GPT(config).parameters())
+    # Tokens and positions; a query, key and value, output, MLP of 4 d, and the gains of two norms, four if nonlinear.
+    blocks = n_layer * (d * d + 2 * d * d + d * d + 8 * d * d + (4 if prefix else 2) * d)
+    assert count == (50304 + 1024) * d + blocks + d
+
+
+def test_a_plan_says_what_a_recipe_takes(monkeypatch, capsys):
+    monkeypatch.setattr(plan, "count_memory", lambda *given: {"weights": 2.5e9, "logits": 0.26e9})
+    recipe = ["plan", f"{ROOT}/config/gpt3_small.py", "--batch_size=6"]
+    bench.main([*recipe, "--gpus=8", "--tflops", "1000", "--share=0.5"])
+    lines = lines_of(capsys.readouterr().out)
+    tokens, d, n_layer = 60_002 * 6 * 40 * 1024, 768, 12
+    flops = 6 * (50304 * d + n_layer * 12 * d * d) + n_layer * 12 * d * 1024  # six a weight, and attention
+    assert "124,373,760" in lines["parameters"] and "60,002 steps of 240 sequences" in lines["tokens"]
+    assert float(lines["operations"].split()[1][:-1]) == pytest.approx(tokens * flops, rel=5e-3)
+    assert f" {tokens * flops / (8 * 1000e12 * 0.5) / 3600:.1f} hours at 50% of 8 x 1000 " in lines["time"]
+    assert "2.8 GB a GPU" in lines["memory"] and lines["2.50"].split() == ["2.50", "GB", "weights"]
+    mistakes = {"gpus=7": "shared by 7", "gpus=0": "gpus", "share=40": "share", "share=0": "share", "steps=3": "steps"}
+    for wrong, message in (mistakes | {"dropout=0.1": "dropout=0.1", "vocab_size=auto": "vocab_size"}).items():
+        with pytest.raises(UserError, match=message):
+            bench.main([*recipe, f"--{wrong}"])
+
+
+SMALL = {"n_layer": 3, "n_head": 2, "n_embd": 64, "block_size": 128}
+SHAPES = [("nonlinear", "bfloat16", {**SMALL, "vocab_size": 300}), ("linear", "float32", {**SMALL, "vocab_size": 3000})]
+
+
+def allocated(work):
+    """Bytes allocated while work() runs: (at the peak, when it has returned)."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = work()
+    profiler.export_chrome_trace("trace.json")
+    del result  # until here it holds what it returned
+    events = json.loads(Path("trace.json").read_text())["traceEvents"]
+    events = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
+    totals = [*itertools.accumulate(event["args"]["Bytes"] for event in events)]
+    return max(totals), totals[-1]
+
+
+def test_what_a_plan_counts_as_kept_is_kept():
+    """Against what is allocated after a real forward pass, cut by torch.compile but not compiled to C++. Of two GPUs
+    each has its gradients twice."""
+    mode, dtype, shape = SHAPES[0]
+    settings, config = train.Settings(device="cpu", dtype=dtype, batch_size=4), GPTConfig(query_mode=mode, **shape)
+    objective = train.Objective(GPT(config))
+    objective.compile(backend="aot_eager_decomp_partition")
+    idx = torch.zeros(4, shape["block_size"], dtype=torch.long)
+    with autocast(settings):
+        objective(idx, idx)  # compiles
+        _, found = allocated(lambda: objective(idx, idx))
+    weights, gradients, _, activations, logits = plan.count_memory(settings, config, 2, 1000).values()
+    assert (weights, gradients) == (4000, 8000)
+    assert activations + logits - 2 * 300 * 64 == pytest.approx(found, rel=0.01)  # but for the head's gradient
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a C++ compiler")
+@pytest.mark.parametrize("mode, dtype, shape", SHAPES)
+def test_a_plan_tells_the_memory_of_a_real_step(mode, dtype, shape):
+    """From the model's first weight to its second step, compiled: at its peak the plan's memory within 3 %."""
+    settings = train.Settings(device="cpu", dtype=dtype, batch_size=8, gradient_accumulation_steps=2, compile=True)
+    found, _ = allocated(lambda: bench.make_training(mode, shape, resolve(settings))(2))
+    config = GPTConfig(query_mode=mode, **shape)
+    parameters = sum(p.numel() for p in GPT(config).parameters())
+    assert sum(plan.count_memory(settings, config, 1, parameters).values()) == pytest.approx(found, rel=0.03)

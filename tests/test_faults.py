@@ -50,8 +50,10 @@ while killed < 20 or not os.path.exists("out/killed/ckpt.pt"):
 
 
 @slow
-def test_killed_twenty_times_it_ends_as_if_it_had_not_been(tiny_config):
-    flags = ["--max_iters=100000", "--eval_interval=10", "--eval_tokens=16", "--log_interval=5", "--dropout=0.2"]
+@pytest.mark.parametrize("objective", ["next", "masked"])
+def test_killed_twenty_times_it_ends_as_if_it_had_not_been(objective, tiny_config):
+    flags = ["--max_iters=100000", "--eval_interval=10", "--eval_tokens=64", "--log_interval=5", "--dropout=0.2"]
+    flags.append(f"--objective={objective}")
     Path("killer.py").write_text(KILLER.format(root=str(ROOT), flags=flags))
     done = run("killer.py")
     assert done.returncode == 0, done.stderr

@@ -98,14 +98,16 @@ def test_the_imported_model_has_the_foreign_logits(mode, bias, tiny_data):
         torch.testing.assert_close(model.double()(idx)[0], forward(checkpoint, idx), rtol=1e-5, atol=1e-5)
 
 
-def test_an_imported_run_samples_evaluates_and_trains(tiny_data, capsys):
+@pytest.mark.parametrize("objective", ["next", "masked"])
+def test_an_imported_run_samples_evaluates_and_trains(objective, tiny_data, capsys):
     torch.save(foreign("residual_gelu", False, vocab_size=20), "foreign.pt")
     settings = ["--max_iters=3", "--batch_size=2", "--gradient_accumulation_steps=1", "--eval_tokens=200"]
     settings += ["--learning_rate=1e-2", "--warmup_iters=0", "--device=cpu", "--log_interval=1"]
-    assert import_checkpoint.main(["foreign.pt", "out/x", "--dataset=tiny", *settings]) == 0
-    assert sample.main(["out/x", "--num_samples=1", "--max_new_tokens=5", "--device=cpu"]) == 0
+    assert import_checkpoint.main(["foreign.pt", "out/x", "--dataset=tiny", f"--objective={objective}", *settings]) == 0
+    decodes, told = ["--num_samples=1", "--max_new_tokens=5"], {"next": "val", "masked": "masked-token"}
+    assert sample.main(["out/x", "--device=cpu", *(decodes if objective == "next" else ["--prompt=1_"])]) == 0
     assert train.main(["out/x/config.py", "--resume", "--eval_only"]) == 0
-    assert "step 0/3 val loss" in capsys.readouterr().out
+    assert f"step 0/3 {told[objective]} loss" in capsys.readouterr().out
     before = RunFolder("out/x").load("ckpt.pt")["model"]
     assert train.main(["out/x/config.py", "--resume"]) == 0
     after = RunFolder("out/x").load("ckpt.pt")

@@ -7,12 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from model import GPT, QUERIES, GPTConfig
-from study import queries  # noqa: F401  adds to QUERIES
+from model import GPT, GPTConfig
+from study.queries import CANDIDATES, register
 
 D, H = 24, 3
 CONFIG = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=H, n_embd=D, query_mode="identity")
-MODES = sorted(QUERIES.keys() - {"linear", "identity", "nonlinear"})
+MODES = list(CANDIDATES)
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    register()
 
 
 def attention(mode, random=True):

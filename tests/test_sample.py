@@ -101,6 +101,17 @@ def test_smaller_weights_change_the_logits_as_little_as_their_rounding_does(dtyp
     assert 2**-12 < error < 8 * 2**-bits
 
 
+@pytest.mark.parametrize("rank", [7, 12, 32])
+def test_layers_too_narrow_for_the_int8_kernel_are_left_in_bfloat16(rank):
+    """Torch's kernel reads eight or more numbers at a time: of other widths it gives infinity, or ends the process."""
+    exact, idx = GPT(GPTConfig(16, 50, 2, 2, 24, query_rank=rank)).eval(), torch.randint(50, (1, 5))
+    expected = exact(idx)[0]
+    small = for_generation(exact, "int8")
+    kinds = {type(block.attn.query.w_2) for block in small.blocks}
+    assert kinds == {Int8Linear if rank == 32 else torch.nn.Linear}
+    assert (small(idx)[0].float() - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt() < 0.06
+
+
 def test_an_int8_layer_is_the_product_with_its_rounded_weights():
     layer = torch.nn.Linear(32, 24)
     with torch.no_grad():

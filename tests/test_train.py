@@ -23,12 +23,15 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from model import GPT, GPTConfig
 from prepare_data import Dataset
-from train import Settings, get_batch, get_lr, get_offsets
+from train import Settings, get_batch, get_holes, get_lr, get_offsets
 from utils import device as device_module
 from utils.checkpoint import RunFolder
 from utils.device import autocast, flops_per_token, resolve
 from utils.settings import UserError, clock, read_command, short
 from utils.watch import check_loss_scale, largest_attention_logit
+
+
+both_objectives = pytest.mark.parametrize("objective", ["next", "masked"])  # what is masked alone is in test_encoder.py
 
 
 def read(*argv):
@@ -140,11 +143,13 @@ def assert_close_runs(a, b):
         assert metrics(a, key) == pytest.approx(metrics(b, key), rel=2e-5)
 
 
-def test_accumulation_changes_neither_data_nor_losses(tiny_config):
-    train.main([tiny_config, "--dropout=0"])
+@both_objectives
+def test_accumulation_changes_neither_data_nor_losses(objective, tiny_config):
+    flags = [tiny_config, "--dropout=0", f"--objective={objective}"]
+    train.main(flags)
     for batch_size, steps in ((4, 1), (1, 4)):
         sizes = [f"--batch_size={batch_size}", f"--gradient_accumulation_steps={steps}"]
-        train.main([tiny_config, "--dropout=0", f"--out_dir=out/{steps}", *sizes])
+        train.main([*flags, f"--out_dir=out/{steps}", *sizes])
         assert_close_runs(f"out/{steps}", "out/tiny")
 
 
@@ -166,17 +171,22 @@ def test_validation_is_the_mean_over_tokens_whatever_the_batch_size(tiny_data, e
         assert found["bits_per_byte"] == pytest.approx(nats / n / math.log(2), rel=1e-6)  # ASCII: a byte a character
 
 
-def test_a_step_is_adamw_on_clipped_accumulated_gradients_at_the_scheduled_rate(tiny_data):
+@both_objectives
+def test_a_step_is_adamw_on_clipped_accumulated_gradients_at_the_scheduled_rate(objective, tiny_data):
     recipe = dict(device="cpu", dtype="float32", batch_size=2, gradient_accumulation_steps=2, learning_rate=0.02)
     recipe |= dict(min_lr=0.0, warmup_iters=2, lr_decay_iters=4, weight_decay=0.3, beta1=0.8, beta2=0.9, grad_clip=0.1)
-    s = Settings(**recipe)
+    s = Settings(**recipe, objective=objective)
     data, config = Dataset("tiny", 16), GPTConfig(16, 20, 2, 2, 16, bias=True)  # gains and biases do not decay
+    config.causal = objective == "next"
     ours, ref = GPT(config).double(), GPT(config).double()
     optimizer, scaler = train.make_optimizer(ours, s), torch.amp.GradScaler(enabled=False)
     moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in ref.parameters()}
     for t, rate in enumerate((0.02 / 3, 0.04 / 3, 0.02, 0.01)):
         found_loss, found_norm = train.train_step(train.Objective(ours), optimizer, scaler, data, s, t)
-        x, y = get_batch(data, "train", get_offsets(data, s.seed, t, 4), data.n_tokens("train"), "cpu")
+        offsets = get_offsets(data, s.seed, t, 4)
+        holes = get_holes(data, s, offsets, s.seed, "holes", t)
+        x, y = get_batch(data, "train", offsets, data.n_tokens("train"), "cpu", holes)
+        assert objective == "next" or (y >= 0).sum() == 4 * 2
         loss = ref(x, y)[1]
         grads = torch.autograd.grad(loss, list(ref.parameters()))
         norm = math.sqrt(sum(g.pow(2).sum().item() for g in grads))
@@ -226,7 +236,7 @@ def test_a_run_leaves_a_complete_record(whole_run, capsys):
     assert losses[0] == pytest.approx(math.log(config["model"]["vocab_size"]), rel=0.02)
     summary = json.loads(Path(whole_run, "summary.json").read_text())
     assert (summary["final_val_loss"], summary["best_val_loss"]) == (losses[12], min(losses.values()))
-    assert summary["perplexity"] == pytest.approx(math.exp(losses[12]))
+    assert summary["perplexity"] == pytest.approx(math.exp(losses[12])) and summary["objective"] == "next"
     assert (summary["steps"], summary["tokens"]) == (12, 12 * 4 * 16)
     assert summary["tokens_per_second"] > 0 and summary["seconds"] > 0
     best = checkpoint(whole_run, "best.pt")
@@ -234,8 +244,10 @@ def test_a_run_leaves_a_complete_record(whole_run, capsys):
     assert all(name in GPT(GPTConfig(**best["config"])).state_dict() for name in best["model"])
 
 
-def test_n_steps_and_n_more_equal_twice_n_bit_for_bit(tiny_config, whole_run):
-    common = [tiny_config, "--out_dir=out/b", "--lr_decay_iters=12"]
+@both_objectives
+def test_n_steps_and_n_more_equal_twice_n_bit_for_bit(objective, tiny_config):
+    train.main([tiny_config, f"--objective={objective}"])
+    common = [tiny_config, f"--objective={objective}", "--out_dir=out/b", "--lr_decay_iters=12"]
     train.main([*common, "--max_iters=6"])
     train.main([*common, "--max_iters=12", "--resume"])
     # The first session ended on an evaluation of its own, at step 6; nothing else may differ.
@@ -243,12 +255,14 @@ def test_n_steps_and_n_more_equal_twice_n_bit_for_bit(tiny_config, whole_run):
     extra = [line for line in lines if json.loads(line)["step"] == 6 and "val_loss" in line]
     assert len(extra) == 1
     Path("out/b/metrics.jsonl").write_text("".join(line for line in lines if line not in extra))
-    assert_same_run("out/b", whole_run)
+    assert_same_run("out/b", "out/tiny")
 
 
 @pytest.mark.slow
-def test_a_signal_saves_and_the_resumed_run_equals_an_undisturbed_one(tiny_config):
+@both_objectives
+def test_a_signal_saves_and_the_resumed_run_equals_an_undisturbed_one(objective, tiny_config):
     flags = [tiny_config, "--max_iters=4000", "--eval_interval=2000", "--eval_tokens=16", "--log_interval=20"]
+    flags.append(f"--objective={objective}")
     shorter = ["--max_iters=150", "--lr_decay_iters=4000"]
     whole = run("train.py", *flags, "--out_dir=out/whole", *shorter)  # rounding depends on the number of threads
     assert whole.returncode == 0
@@ -312,13 +326,14 @@ def test_a_rate_far_too_high_ends_in_one_line_and_status_1(tiny_config):
 
 
 @pytest.mark.parametrize("flag", ["--compile=false", pytest.param("--compile", marks=pytest.mark.slow)])
-def test_two_processes_give_the_losses_of_one(tiny_config, flag):
-    flags = [tiny_config, "--dropout=0", "--gradient_accumulation_steps=4"]
+@both_objectives
+def test_two_processes_give_the_losses_of_one(objective, flag, tiny_config):
+    flags = [tiny_config, "--dropout=0", "--gradient_accumulation_steps=4", f"--objective={objective}"]
     train.main(flags)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
     done = run(*launch, *flags, flag, "--out_dir=out/two")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step 12/12 val loss") == 1
+    assert done.stdout.count(f"step 12/12 {'val' if objective == 'next' else 'masked-token'} loss") == 1
     assert_close_runs("out/two", "out/tiny")
     assert json.loads(Path("out/two/config.json").read_text())["processes"] == 2
 
@@ -329,9 +344,11 @@ def steps_of(objective, data, settings):
     return lambda n: [train.train_step(objective, optimizer, scaler, data, settings, step) for step in range(n)]
 
 
-def test_a_step_is_one_graph_that_is_not_compiled_again(tiny_data):
+@both_objectives
+def test_a_step_is_one_graph_that_is_not_compiled_again(objective, tiny_data):
     """Training, then evaluation, which is a graph of its own; neither is compiled again, whatever comes after it."""
-    settings = resolve(Settings(device="cpu", dtype="float32", batch_size=2, gradient_accumulation_steps=2))
+    recipe = {"batch_size": 2, "gradient_accumulation_steps": 2, "objective": objective}
+    settings = resolve(Settings(device="cpu", dtype="float32", **recipe))
     model, data, counter = GPT(GPTConfig(16, 20, 2, 2, 16)), Dataset("tiny", 16), CompileCounter()
     objective, names = train.Objective(model), list(model.state_dict())
     torch._dynamo.reset()
@@ -347,8 +364,9 @@ def test_a_step_is_one_graph_that_is_not_compiled_again(tiny_data):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_step_on_a_gpu_does_not_wait_for_it(tiny_data):
-    settings = resolve(Settings(device="cuda", batch_size=2, gradient_accumulation_steps=2))
+@both_objectives
+def test_a_step_on_a_gpu_does_not_wait_for_it(objective, tiny_data):
+    settings = resolve(Settings(device="cuda", batch_size=2, gradient_accumulation_steps=2, objective=objective))
     take_steps = steps_of(train.Objective(GPT(GPTConfig(16, 20, 2, 2, 16)).to("cuda")), Dataset("tiny", 16), settings)
     take_steps(1)
     torch.cuda.set_sync_debug_mode("error")
@@ -416,7 +434,7 @@ def test_the_largest_attention_logit_is_logged_where_asked(causal, tiny_config):
             largest = max(largest, *(logits[:, i, : i + 1 if causal else 16].max().item() for i in range(16)))
     settings = Settings(device="cpu", dtype="float32")
     assert largest_attention_logit(model, idx, settings) == pytest.approx(largest, rel=1e-6)
-    train.main([tiny_config, "--watch", "--max_iters=4"])
+    train.main([tiny_config, "--watch", "--max_iters=4", f"--objective={'next' if causal else 'masked'}"])
     assert list(metrics("out/tiny", "largest_logit")) == [1, 2, 4]
 
 

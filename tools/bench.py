@@ -1,9 +1,10 @@
-"""Measure this machine: python -m tools.bench train | sample | data | gpu
+"""Measure this machine: python -m tools.bench train | sample | data | gpu | plan
 
     train    training in the three query modes: tokens/s, share of what matrix products alone reach, first step, memory
     sample   greedy generation in the three query modes
     data     from an archive of OpenWebText to tokens, against tiktoken alone (in bench_data.py)
     gpu      all that is to be known of this project on a GPU, in nine minutes (in runbook.py)
+    plan     measures nothing: what a recipe takes on other machines (in plan.py; plan --help tells its own options)
 
 --peer adds Hugging Face's GPT2LMHeadModel of the same shape (pip install transformers). What is compared runs in
 turns, after a warm-up; printed are medians, with the extremes in brackets.
@@ -12,6 +13,7 @@ turns, after a warm-up; printed are medians, with the extremes in brackets.
 import argparse
 import importlib.util
 import multiprocessing
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -25,6 +27,7 @@ import train
 from model import GPT, QUERIES, GPTConfig
 from prepare_data import Dataset
 from sample import load_model
+from tools import plan
 from tools.bench_data import bench_data, random_tokens, spread, timed
 from utils.checkpoint import RunFolder
 from utils.device import device_name, flops_per_token, peak_memory, resolve
@@ -164,20 +167,22 @@ def bench_sample(names, shape, settings, options):
 
 def print_format_losses(run, settings):
     """How much the number formats of generation change a run's loss on the first 100,000 validation tokens."""
-    dataset, exact = RunFolder(run).read_json("config.json", "settings")["settings"]["dataset"], None
+    told, exact = RunFolder(run).read_json("config.json", "settings")["settings"], None
+    settings = replace(settings, eval_tokens=100_000, **{k: told[k] for k in ("objective", "mask_share") if k in told})
     for dtype in FORMATS:
         model, _ = load_model(run, settings.device, dtype)
         autocast = "float32" if dtype == "float32" else "bfloat16"  # or the loss itself would be rounded
-        at = replace(settings, dtype=autocast, eval_tokens=100_000)
-        data = Dataset(dataset, model.config.block_size)
-        loss = train.evaluate(train.Objective(model), data, at)["val_loss"]
+        data = Dataset(told["dataset"], model.config.block_size)
+        loss = train.evaluate(train.Objective(model), data, replace(settings, dtype=autocast))["val_loss"]
         exact = exact or loss
         print(f"{dtype:9} validation loss {loss:.5f} ({100 * (loss / exact - 1):+.3f} %)")
 
 
 def read_options(argv):
+    if argv[:1] == ["plan"]:
+        return plan.read_options(argv[1:])
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train", "sample", "data", "gpu"])
+    parser.add_argument("what", choices=["train", "sample", "data", "gpu", "plan"])
     parser.add_argument("--shape", choices=SHAPES, help="of the model; default small, on a GPU gpt3_small")
     parser.add_argument("--peer", action="store_true", help="train, sample: compare with transformers' GPT-2")
     parser.add_argument("--batch_size", type=int, help="train, sample: sequences at a time; default 8, 1")
@@ -194,11 +199,9 @@ def read_options(argv):
     parser.add_argument("--repeats", type=int, help="turns; default 9, gpu 3")
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="gpu: folder of gpu.json and gpu.md")
     options = parser.parse_args(argv)
-    defaults = {"batch_size": 1, "gradient_accumulation_steps": 1, "repeats": 9, "shape": "small"}
-    if options.what == "train":
-        defaults["batch_size"] = 8
-    if options.what == "gpu":
-        defaults |= {"gradient_accumulation_steps": 8, "repeats": 3, "shape": "gpt3_small"}
+    gpu = options.what == "gpu"
+    defaults = {"batch_size": 8 if options.what == "train" else 1, "gradient_accumulation_steps": 8 if gpu else 1}
+    defaults |= {"repeats": 3 if gpu else 9, "shape": "gpt3_small" if gpu else "small"}
     for name, default in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, default)
@@ -214,7 +217,9 @@ def read_options(argv):
 
 
 def main(argv=None):
-    options = read_options(argv)
+    options = read_options(sys.argv[1:] if argv is None else argv)
+    if options.what == "plan":
+        return plan.print_plan(options)
     if options.what == "data":
         return bench_data(options.megabytes, options.repeats)
     if options.peer and not importlib.util.find_spec("transformers"):

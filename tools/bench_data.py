@@ -108,6 +108,5 @@ def bench_data(megabytes, repeats):
     print(f"against tiktoken             {spread([ours / theirs for ours, theirs in zip(rates, alone)])}")
     for cores in (2, 16):
         rate = median(rates) / threads * cores
-        print(
-            f"the whole corpus, {cores:2} cores   {clock(CORPUS_TOKENS / rate)} at {short(rate)} tokens/s (projected)"
-        )
+        projected = f"{clock(CORPUS_TOKENS / rate)} at {short(rate)} tokens/s (projected)"
+        print(f"the whole corpus, {cores:2} cores   {projected}")

@@ -12,7 +12,7 @@ import torch
 
 from model import GPT, GPTConfig
 from prepare_data import Dataset, prepare_if_small
-from train import Settings
+from train import Settings, fit_to_data
 from utils.checkpoint import RunFolder, describe, load_checkpoint
 from utils.device import launch_command, resolve
 from utils.settings import UserError, check_ranges, convert, run_program, setting_types, split_command
@@ -93,6 +93,7 @@ def write_run(given, model, command):
     data = Dataset(settings.dataset, config.block_size)
     if not 0 <= config.vocab_size - data.vocab_size < 128:  # so many may be padding
         raise UserError(f"vocab_size={config.vocab_size} is not that of {settings.dataset}, {data.vocab_size}")
+    fit_to_data(config, settings, data)
     state = {"step": 0, "val": None, "best_val_loss": torch.inf, "seconds": 0.0, "timed_steps": 0, "timed_seconds": 0.0}
     checkpoint = {"model": model.state_dict(), "config": vars(config), "tokenizer": data.tokenizer, "state": state}
     lines = given | {key: getattr(config, key) for key in setting_types(GPTConfig)}

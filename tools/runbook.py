@@ -42,13 +42,10 @@ def run(options, settings):
             rows = step(options, settings)
         except Exception as e:  # the steps after it are worth having all the same
             rows = [{"failed": f"{type(e).__name__}: {str(e)[:300]}"}]
-        book[step.__name__] = {
-            "what": step.__doc__.splitlines()[0],
-            "rows": rows,
-            "seconds": time.perf_counter() - began,
-        }
+        found = {"what": step.__doc__.splitlines()[0], "rows": rows, "seconds": time.perf_counter() - began}
+        book[step.__name__] = found
         write(book, options.out)
-        print(to_markdown(step.__name__, book[step.__name__]), flush=True)
+        print(to_markdown(step.__name__, found), flush=True)
         if step.__name__ == "gradients" and any(not row.get("right") for row in rows):
             print("the gradients are wrong: nothing else is measured")
             return 1
@@ -99,9 +96,8 @@ def gradients(options, settings):
         (exact, gradient), (loss, other) = found
         cosine = torch.nn.functional.cosine_similarity(gradient, other, dim=0).item()
         right = cosine > 0.99 and abs(loss / exact - 1) < 0.01 and 0.9 < (other.norm() / gradient.norm()).item() < 1.1
-        rows.append(
-            {"query": mode, "loss": loss, "eager float32": exact, "cosine of gradients": cosine, "right": right}
-        )
+        row = {"query": mode, "loss": loss, "eager float32": exact, "cosine of gradients": cosine, "right": right}
+        rows.append(row)
     return rows
 
 
@@ -134,16 +130,10 @@ def speed(options, settings):
         for name in names:
             with torch.device("meta"):
                 flops = flops_per_token(make_model("linear" if name == PEER else name, shape))
-            step = median(seconds[name])
-            rate = batch * settings.gradient_accumulation_steps * shape["block_size"] / step
-            row = {
-                "batch": batch,
-                "query": name,
-                "tokens/s": rate,
-                "MFU": rate * flops / (peak * 1e12) if peak else None,
-            }
-            row |= {"first step, s": first[name], "memory, GB": memory[name], "profile": ""}
-            rows.append(row)
+            rate = batch * settings.gradient_accumulation_steps * shape["block_size"] / median(seconds[name])
+            mfu = rate * flops / (peak * 1e12) if peak else None
+            row = {"batch": batch, "query": name, "tokens/s": rate, "MFU": mfu}
+            rows.append(row | {"first step, s": first[name], "memory, GB": memory[name], "profile": ""})
         rows[-1]["profile"] = profile(trainings[names[-1]], settings.device)
         del trainings
     return rows
@@ -183,12 +173,9 @@ def small_run(options):
 def training(options, settings):
     """The first steps of config/quickstart.py on the CPU in float32, and here as it is trained here."""
     rows = []
-    for device, flags in (
-        ("cpu", ["--device=cpu", "--dtype=float32"]),
-        (settings.device, [f"--device={settings.device}"]),
-    ):
+    for device, flags in (("cpu", ["--dtype=float32"]), (settings.device, [])):
         with tempfile.TemporaryDirectory() as folder:
-            losses = list(train(folder, *small_run(options), *flags)["val_loss"].values())
+            losses = list(train(folder, *small_run(options), f"--device={device}", *flags)["val_loss"].values())
         rows.append({"device": device, "validation loss before": losses[0], "after": losses[-1]})
     return rows
 

@@ -13,6 +13,8 @@ import contextlib
 import json
 import math
 import platform
+import re
+import signal
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
@@ -28,13 +30,17 @@ from utils.settings import UserError, clock, out_of_memory
 # The two factors of a step's size may change where their product does not.
 MAY_CHANGE = {"max_iters", "batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval", "watch"}
 MAY_CHANGE |= {"wandb_log", "wandb_project", "device", "dtype", "compile", "peak_tflops"}
+# What runs were trained with before there was a choice, and do not tell in config.json.
+BEFORE_THERE_WAS_A_CHOICE = {"objective": "next", "mask_share": 0.15}
+# What the loss on val.bin and its exponential are called; in JSON they are val_loss and perplexity for both objectives.
+NAMES = {"next": ("val loss", "perplexity"), "masked": ("masked-token loss", "masked-token perplexity")}
 
 
 class RunFolder:
     """out/NAME. Where writes is false (every process but one, and evaluation alone), nothing in it is changed."""
 
     def __init__(self, path, writes=True):
-        self.path, self.writes, self.wandb = Path(path), writes, None
+        self.path, self.writes, self.wandb, self.names = Path(path), writes, None, NAMES["next"]
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{path} is a file; a run is a folder")
 
@@ -67,7 +73,7 @@ class RunFolder:
         if exists != settings.resume:
             what = "a run: --resume it, choose another --out_dir, or delete it" if exists else "no run to resume"
             raise UserError(f"{self} holds {what}")
-        checkpoint, step = None, -1
+        checkpoint, step, self.names = None, -1, NAMES[settings.objective]
         if exists:
             first = self.read_json("config.json")
             changed = check_resume(first, record)
@@ -95,7 +101,8 @@ class RunFolder:
             with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(values) + "\n")
         if self.wandb:
-            self.wandb.log(values, step=values["step"])
+            names = dict(zip(("val_loss", "perplexity"), (re.sub("[ -]", "_", name) for name in self.names)))
+            self.wandb.log({names.get(key, key): value for key, value in values.items()}, step=values["step"])
 
     def metrics(self, until=math.inf):
         """What was logged until a step, a dict a line; a last line that is not whole is left out."""
@@ -136,7 +143,8 @@ class RunFolder:
         """Say what is about to be trained."""
         counts, train, val = model.parameter_report(), data.n_tokens("train"), data.n_tokens("val")
         print0(f"data    {settings.dataset}: {train:,} train, {val:,} val tokens, {data.tokenizer['kind']}")
-        print0(f"model   {model.config.query_mode} query, {counts['total']:,} parameters")
+        kind = f"{model.config.query_mode} query" + ("" if model.config.causal else ", encoder")
+        print0(f"model   {kind}, {counts['total']:,} parameters")
         print0(f"        ({counts['non_embedding']:,} non-embedding, {counts['query_path']:,} in the query path)")
         print0(f"run     {self}: {settings.max_iters:,} steps of {tokens_per_step:,} tokens")
         compiled = f"compile {'on' if settings.compile else 'off'}"
@@ -144,16 +152,34 @@ class RunFolder:
         if settings.resume:
             print0(f"resumed at step {step}")
 
-    def finish(self, state, tokens_per_step, seconds, device):
+    def words(self, val):
+        """What was found on val.bin, for a log line."""
+        words = f"{self.names[0]} {val['val_loss']:.4f}"
+        if "bits_per_byte" in val:
+            words += f" perplexity {val['perplexity']:.2f} bits/byte {val['bits_per_byte']:.3f}"
+        return words
+
+    def stop(self, settings, command, step, number):
+        """Say how to go on with a run that the signal of this number has stopped -> exit status."""
+        resume = command if settings.resume else f"{command} --resume"
+        print0(f"stopped after step {step} and saved; go on with: {resume}")
+        return 128 + (number or signal.SIGTERM)  # a process that was not told stops like one that was
+
+    def finish(self, settings, state, tokens_per_step, seconds):
         """Write summary.json and say how the run ended."""
         val, steps = state["val"], state["timed_steps"]
-        summary = {"final_val_loss": val["val_loss"], "best_val_loss": state["best_val_loss"]}
-        summary |= {"perplexity": val["perplexity"], "bits_per_byte": val["bits_per_byte"]}
+        summary = {"objective": settings.objective}
+        summary |= {"final_val_loss": val["val_loss"], "best_val_loss": state["best_val_loss"]}
+        summary |= {key: val[key] for key in ("perplexity", "bits_per_byte") if key in val}
         summary |= {"steps": state["step"], "tokens": state["step"] * tokens_per_step, "seconds": seconds}
         summary["tokens_per_second"] = steps * tokens_per_step / state["timed_seconds"] if steps else None
-        self.write_json("summary.json", summary | {"peak_memory_bytes": peak_memory(device)})
-        print0(f"done in {clock(seconds)}: val loss {val['val_loss']:.4f}, perplexity {val['perplexity']:.2f}")
-        print0(f"sample from it: python sample.py {self}")
+        self.write_json("summary.json", summary | {"peak_memory_bytes": peak_memory(settings.device)})
+        loss, perplexity = self.names
+        print0(f"done in {clock(seconds)}: {loss} {val['val_loss']:.4f}, {perplexity} {val['perplexity']:.2f}")
+        if settings.objective == "next":
+            print0(f"sample from it: python sample.py {self}")
+        else:
+            print0(f"fill holes with it: python sample.py {self} --prompt='TEXT with <mask>'")
 
 
 def load_checkpoint(path, *keys):
@@ -213,7 +239,7 @@ def check_resume(before, now, may_change=MAY_CHANGE):
         return {**s, **record["model"], "sequences in a step": sequences, "data set": record["data"]["sha256"]}
 
     with reading("config.json", "one of a run"):
-        before, now = flat(before), flat(now)
+        before, now = BEFORE_THERE_WAS_A_CHOICE | flat(before), flat(now)
     changed = {key: value for key, value in now.items() if before.get(key) != value}
     refused = [f"{key} was {before.get(key)}, now is {changed[key]}" for key in changed if key not in may_change]
     if refused:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from utils.settings import UserError, out_of_memory, short, tell
+from utils.settings import UserError, clock, out_of_memory, short, tell
 
 # ---------------------------------------------------------------------------------------------------
 # Devices.
@@ -102,13 +102,15 @@ def flops_per_token(model):
     return 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size
 
 
-def measure_speed(model, settings, seconds_per_step, tokens_per_step):
+def measure_speed(model, settings, seconds_per_step, tokens_per_step, step):
     """What a step's time means -> {tokens_per_second, mfu (None where the peak is unknown)}, and words for a log line."""
-    speed = tokens_per_step / seconds_per_step
-    if not settings.peak_tflops:
-        return {"tokens_per_second": speed, "mfu": None}, f"{short(speed)} tok/s"
-    mfu = speed * flops_per_token(model) / (settings.peak_tflops * 1e12 * world_size())
-    return {"tokens_per_second": speed, "mfu": mfu}, f"{short(speed)} tok/s mfu {mfu:.0%}"
+    speed, mfu = tokens_per_step / seconds_per_step, None
+    words = f"{short(speed)} tok/s"
+    if settings.peak_tflops:
+        mfu = speed * flops_per_token(model) / (settings.peak_tflops * 1e12 * world_size())
+        words += f" mfu {mfu:.0%}"
+    words += f" eta {clock((settings.max_iters - step) * seconds_per_step)}"
+    return {"tokens_per_second": speed, "mfu": mfu}, words
 
 
 def device_name(device):

@@ -37,7 +37,8 @@ def best_format(device):
 def for_generation(model, dtype="float32"):
     """Eval mode, and weights in one of FORMATS -> the model, which is changed in place."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and dtype == "int8":
+        # Of a width that is no multiple of its vectors' length torch's kernel for int8 reads past the end.
+        if isinstance(module, nn.Linear) and dtype == "int8" and module.in_features % 32 == 0:
             model.set_submodule(name, Int8Linear(module))
         elif isinstance(module, nn.Linear) and dtype == "float32" and module.weight.device.type == "cpu":
             if module.out_features > module.in_features:  # tall: a product with one row is faster by columns

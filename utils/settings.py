@@ -89,7 +89,7 @@ def checked(kind, holds, problem):
 def setting_types(*classes):
     """{name: (type,), or (type, NoneType)} of the settings of some dataclasses."""
     hints = {name: kind for cls in classes for name, kind in typing.get_type_hints(cls).items()}
-    hints.pop("causal", None)  # set in code only: training predicts the next token
+    hints.pop("causal", None)  # follows the objective
     return {name: typing.get_args(kind) or (kind,) for name, kind in hints.items()}
 
 
@@ -120,6 +120,8 @@ def check_ranges(settings):
         "above 0": (lambda v: 0 < v < math.inf, "learning_rate peak_tflops"),
         "0 or above": (lambda v: 0 <= v < math.inf, "seed min_lr warmup_iters weight_decay grad_clip"),
         "in [0, 1)": (lambda v: 0 <= v < 1, "beta1 beta2"),
+        "above 0 and below 1": (lambda v: 0 < v < 1, "mask_share"),
+        "next or masked": (lambda v: v in ("next", "masked"), "objective"),
         "cosine or linear": (lambda v: v in ("cosine", "linear"), "lr_schedule"),
         "float32, bfloat16 or float16": (lambda v: v in ("float32", "bfloat16", "float16"), "dtype"),
     }

@@ -1,8 +1,10 @@
 """What train.py looks at where training may be unstable."""
 
+import math
+
 import torch
 
-from utils.device import autocast, print0
+from utils.device import autocast, print0, sum_over_ranks
 from utils.settings import UserError
 
 
@@ -33,3 +35,20 @@ def check_loss_scale(scaler):
             f"float16: the loss scale fell to {scaler.get_scale():g}, since the gradients of step after step overflow"
         )
         raise UserError(f"{reason}; use --dtype=bfloat16 or float32, or a lower learning_rate")
+
+
+def check_finite(value, run, step, settings):
+    """Stop the run where the value, a number or tensor, is not finite in some process; nothing is saved then."""
+    if not math.isfinite(sum_over_ranks(value, settings.device)):
+        run.log({"step": step, "diverged": True})
+        kept = "the last checkpoint is kept" if run.holds("ckpt.pt") else "there is no checkpoint yet"
+        raise UserError(
+            f"the loss is not finite at step {step}; {kept}. A lower learning_rate "
+            f"(now {settings.learning_rate:g}), a longer warm-up (now {settings.warmup_iters}) or --qk_norm may help"
+        )
+
+
+def check_gradient(norm, step):
+    """A first gradient of exactly 0 is a compiler's mistake that no later step would tell of."""
+    if step == 1 and norm == 0:
+        raise UserError("the first gradient is exactly 0, so nothing is learned; try --compile=false")

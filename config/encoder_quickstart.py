@@ -1,0 +1,16 @@
+# A small encoder, on the standard library's source as in the quickstart: of each sequence 30 % is hidden, and predicted from
+# both sides. Two minutes on two CPU cores. Fill holes with it:
+#   python sample.py out/encoder_quickstart --prompt="def __init__(se<mask><mask>, name):"
+
+dataset = "stdlib"  # as bytes; prepared on first use
+objective, mask_share = "masked", 0.3
+query_mode = "nonlinear"
+n_layer, n_head, n_embd, block_size = 3, 4, 128, 32
+batch_size, gradient_accumulation_steps = 48, 1
+
+learning_rate, lr_schedule = 1e-2, "linear"
+warmup_iters, max_iters = 80, 1400
+beta2 = 0.99
+
+eval_interval, eval_tokens = 700, 100_000
+log_interval = 50
