@@ -274,7 +274,7 @@ def test_a_grid_that_is_killed_goes_on_where_it_was(number):
     before = records() if Path("r/runs.jsonl").exists() else {}
     again = start_grid(*GRID, *longer)
     again.communicate(timeout=170)
-    assert again.returncode == 0 and len(before) < 4 and len(records()) == 8 and len(losses()) == 4
+    assert again.returncode == 0 and len(before) < 8 and len(records()) == 8 and len(losses()) == 4
     assert files("r").keys() <= LEFT and all(records()[name] == before[name] for name in before)
     assert records()[f"{LINEAR}-lr0.01-seed2"]["config"]["resumed"][0]["at_step"] >= 50
     whole = json.loads((train_run(LINEAR, 2, *longer, folder="whole") / "summary.json").read_text())
