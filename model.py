@@ -107,7 +107,7 @@ ACTIVATIONS = {"gelu": nn.GELU, "none": nn.Identity}
 
 
 class KVCache:
-    """Keys and values of the tokens that one attention layer has seen; every call of the model takes a list of them."""
+    """Keys and values of the tokens that one attention layer has seen; GPT.forward may take a list of them, one a layer."""
 
     def __init__(self, block_size):
         self.block_size, self.length, self.k, self.v = block_size, 0, None, None

@@ -7,13 +7,11 @@ import itertools
 import sys
 from pathlib import Path
 
-import matplotlib
 from matplotlib.figure import Figure
 
 from study import runs
-from study.report import COLOURS, interval, table
+from study.report import COLOURS, interval, save, table
 from utils.checkpoint import RunFolder
-from utils.files import new_file
 from utils.settings import Parser, UserError, run_program
 
 
@@ -28,7 +26,7 @@ def sizes(studies):
     """Studies -> (non-embedding parameters of the baseline, tokens a run, its comparisons) of each, smallest first."""
     found = []
     for study in studies:
-        record = next((record for run, record in study.records.items() if run.arm == next(iter(study.arms))), None)
+        record = next((record for run, record in study.records.items() if run.arm == study.baseline), None)
         if not record:
             raise UserError(f"{study.folder} has no run of its baseline yet")
         rows = [row for row in study.compare() if row]
@@ -60,9 +58,7 @@ def draw(found, folder):
     )
     axes.legend(frameon=False, fontsize="small")
     axes.grid(alpha=0.2)
-    matplotlib.rcParams["svg.hashsalt"] = "nlqgpt"
-    with new_file(folder / "ladder.svg") as f:
-        figure.savefig(f, format="svg", metadata={"Date": None})
+    save(figure, folder / "ladder.svg")
     return figure
 
 

@@ -46,6 +46,10 @@ class Study:
     records: dict = field(default_factory=dict)  # Run -> its config.json, training curve and summary.json
     ngrams: dict = field(default_factory=dict)  # n -> loss of n-gram counts; empty where they were not counted
 
+    @property
+    def baseline(self):
+        return next(iter(self.arms))
+
     def failure(self, run):
         """Why a run must not be averaged with others, or "". It never learned where its training loss, smoothed over a
         tenth of the run, ends above what counting trigrams reaches, or is above the bigrams' in most of the run."""

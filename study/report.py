@@ -101,7 +101,7 @@ def verdict_table(study):
 
 def arm_table(study):
     """A row for each arm, at its best rate."""
-    base, speeds, rows = next(iter(study.arms)), {}, []
+    base, rows = study.baseline, []
     folder = RunFolder(study.folder)
     speeds = folder.read_json("speed.json") if folder.holds("speed.json") else {}
     losses = study.losses(study.measured())
@@ -135,7 +135,7 @@ def note(study):
         sd, mean = math.sqrt(variance), np.mean([x for found in losses.values() for x in found])
         pooled = f" ({sd:.4f} nats a run, or {100 * sd / mean:.2f} %, {df} degrees of freedom)"
     words = f"A spread of their own, and Welch's test, have: {', '.join(sorted(odd))}. " if odd else ""
-    return NOTE.format(pooled=pooled, odd=words, baseline=next(iter(study.arms)))
+    return NOTE.format(pooled=pooled, odd=words, baseline=study.baseline)
 
 
 def lines(study):
@@ -186,12 +186,9 @@ def draw(study):
         dodge = 1.035 ** (number - (len(study.arms) - 1) / 2)  # so that the arms' dots stand side by side
         runs = [run for run in study.records if run.arm == arm and math.isfinite(final_loss(study.records[run]))]
         for run in runs:
-            measures = run.seed in study.seeds
             style = {"fillstyle": "none"} if study.failure(run) else {"markeredgecolor": "none"}
-            size, alpha = (5, 0.9) if measures else (3.5, 0.6)
-            axes.plot(
-                run.learning_rate * dodge, final_loss(study.records[run]), "o", c=colour, ms=size, alpha=alpha, **style
-            )
+            style |= {"ms": 5, "alpha": 0.9} if run.seed in study.seeds else {"ms": 3.5, "alpha": 0.6}
+            axes.plot(run.learning_rate * dodge, final_loss(study.records[run]), "o", c=colour, **style)
         means = {rate: study.mean_loss(runs) for rate, runs in sorted(study.tuning_runs(arm).items())}
         means = {rate: loss for rate, loss in means.items() if math.isfinite(loss)}
         if means or runs:
@@ -199,33 +196,29 @@ def draw(study):
             axes.plot([], [], "o-", color=colour, label=arm)
             best_losses.append(min(final_loss(study.records[run]) for run in runs))
             rates |= {run.learning_rate for run in runs}
-    base = losses[next(iter(study.arms))]
+    base = losses[study.baseline]
     sd = math.sqrt(stats.pooled(losses.values())[0])
     if base and math.isfinite(sd):
         axes.axhspan(np.mean(base) - sd, np.mean(base) + sd, color="#000000", alpha=0.08, lw=0)
     if best_losses:  # what is far above them leaves the picture
-        low, high = (
-            0.99 * min(best_losses),
-            max([1.12 * max(best_losses), *(1.01 * study.ngrams[n] for n in study.ngrams if n == 4)]),
-        )
+        low, high = 0.99 * min(best_losses), max(1.12 * max(best_losses), 1.01 * study.ngrams.get(4, 0))
         axes.set_ylim(low, high)
         for n, loss in study.ngrams.items():
             if low < loss < high:
                 axes.axhline(loss, color="#555555", ls="--", lw=0.8)
-                axes.annotate(
-                    f"{n}-gram counts",
-                    (0.995, loss),
-                    xycoords=("axes fraction", "data"),
-                    ha="right",
-                    va="bottom",
-                    size=8,
-                )
+                at = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+                axes.annotate(f"{n}-gram counts", (0.995, loss), size=8, **at)
         axes.legend(frameon=False, fontsize="small", ncols=2)
     axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss (nats a token)")
     axes.set_xticks(sorted(rates), [f"{rate:g}" for rate in sorted(rates)])
     axes.minorticks_off()
     axes.grid(alpha=0.2)
-    matplotlib.rcParams["svg.hashsalt"] = "nlqgpt"  # the same records give the same file, byte for byte
-    with new_file(study.folder / "rates.svg") as f:
-        figure.savefig(f, format="svg", metadata={"Date": None})
+    save(figure, study.folder / "rates.svg")
     return figure
+
+
+def save(figure, path):
+    """Write an SVG file; the same figure gives the same file, byte for byte."""
+    matplotlib.rcParams["svg.hashsalt"] = "nlqgpt"
+    with new_file(path) as f:
+        figure.savefig(f, format="svg", metadata={"Date": None})

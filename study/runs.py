@@ -59,7 +59,7 @@ def check(study):
     names = {str(run) for run in runs}
     if len(names) < len(runs) or any(Path(name).name != name for name in names):
         raise UserError("two runs would have one name, or a name would be a path; choose other values", status=2)
-    for run, device in itertools.product({*runs, *study.runs()}, study.devices):
+    for run, device in itertools.product(dict.fromkeys([*runs, *study.runs()]), study.devices):
         folder, (settings, config, data) = RunFolder(study.folder / str(run)), settings_of(study, run, device)
         if run not in study.records and not folder.holds("config.json"):
             continue
@@ -76,15 +76,15 @@ def write_plan(study, command):
     added at the end, and `planned` tells how many comparisons came before."""
     folder, plan = RunFolder(study.folder), {key: getattr(study, key) for key in PLAN}
     planned = len(study.comparisons)
-    if folder.holds("study.json") and any(run.seed in study.seeds for run in study.records):
-        before = folder.read_json("study.json", *PLAN, "planned")
-        planned = before["planned"]
-        kept = {"arms": {arm: plan["arms"].get(arm) for arm in before["arms"]}}
-        kept["comparisons"] = plan["comparisons"][: len(before["comparisons"])]
+    before = load(study.folder) if folder.holds("study.json") else None
+    if before and any(run.seed in before.seeds for run in before.records):
+        planned = folder.read_json("study.json", "planned")["planned"]
+        kept = {"arms": {arm: plan["arms"].get(arm) for arm in before.arms}}
+        kept["comparisons"] = plan["comparisons"][: len(before.comparisons)]
         for key in PLAN:
-            if before[key] != kept.get(key, plan[key]):
+            if (was := getattr(before, key)) != kept.get(key, plan[key]):
                 raise UserError(
-                    f"{study.folder}: {key} was {before[key]}, now is {plan[key]}; a plan stands once runs that measure "
+                    f"{study.folder}: {key} was {was}, now is {plan[key]}; a plan stands once runs that measure "
                     "are known (arms and comparisons can be added at the end); choose another --out"
                 )
     folder.write_json("study.json", {"command": command, **plan, "planned": planned})
@@ -134,18 +134,19 @@ def go(study):
     with StopSignal() as stop:
         try:
             while not stop.number:
-                for run, (device, process) in list(running.items()):
-                    if process.poll() is not None:
-                        del running[run]
-                        idle.append(device)
-                        end(study, run, process.returncode)
                 left = [run for run in study.runs() if run not in study.records and run not in running]
                 for run in left[: len(idle)]:  # the end of one run may tell which comes next
                     device = idle.pop(0)
                     running[run] = device, start(study, run, device, study.folder / str(run))
                 if not running:
                     break
-                time.sleep(0.1)
+                while not stop.number and all(process.poll() is None for _, process in running.values()):
+                    time.sleep(0.1)
+                for run, (device, process) in list(running.items()):
+                    if process.poll() is not None:
+                        del running[run]
+                        idle.append(device)
+                        end(study, run, process.returncode)
         finally:  # a signal, or a run that failed: the others stop, too
             for run, (_, process) in running.items():
                 print(f"stopping {run}: it is saved, and the same command continues", flush=True)

@@ -54,6 +54,15 @@ def tiny_config(tiny_data):
     return "tiny.py"
 
 
+def train_on(name, text, recipe):
+    """Train on a text, as bytes, with the lines of a config file -> the run's folder."""
+    Path(f"{name}.txt").write_text(text, encoding="utf-8")
+    prepare_data.main(["text", f"--name={name}", "--input", f"{name}.txt", "--tokenizer=byte"])
+    Path(f"{name}.py").write_text(f"dataset, device = {name!r}, 'cpu'\n{recipe}")
+    train.main([f"{name}.py"])
+    return f"out/{name}"
+
+
 @pytest.fixture
 def whole_run(tiny_config):
     """out/tiny: what training with tiny.py leaves."""

@@ -119,7 +119,14 @@ def test_a_plan_is_read_from_a_file_and_stands_once_it_is_measured(grid):
     """Arms and comparisons can be added, and the report tells which."""
     Path("plan.txt").write_text(" ".join(GRID[:-1]) + "  # a comment\n\n# another\n--out=r\n")
     assert ablate.main(["@plan.txt"]) == 0
-    for change in ("--margin=0.3", "--spread=1", "--half-width=1", f"--compare={NONLINEAR}:{LINEAR}", "--seed=1"):
+    for change in (
+        "--margin=0.3",
+        "--spread=1",
+        "--half-width=1",
+        f"--compare={NONLINEAR}:{LINEAR}",
+        "--seed=1",
+        "--seed=3,4",
+    ):
         with pytest.raises(UserError, match="a plan stands once runs that measure are known"):
             ablate.main(["@plan.txt", change])
     assert "Added when" not in Path("r/report.md").read_text()

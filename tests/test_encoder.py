@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-import prepare_data
 import sample
 import train
-from conftest import checkpoint, metrics
+from conftest import checkpoint, metrics, train_on
 from model import GPT, GPTConfig
 from prepare_data import Dataset
 from tools import bench
@@ -157,15 +156,12 @@ def test_a_run_from_before_there_were_encoders_is_a_decoder(tiny_config, whole_r
 @pytest.fixture
 def a_reader():
     """out/abc: an encoder that has read one line over and over."""
-    Path("abc.txt").write_text("abc_xyz\n" * 400)
-    prepare_data.main(["text", "--name=abc", "--input", "abc.txt", "--tokenizer=byte"])
-    Path("abc.py").write_text(
-        "dataset, device, dtype, objective, mask_share = 'abc', 'cpu', 'float32', 'masked', 0.4\n"
+    recipe = (
+        "dtype, objective, mask_share = 'float32', 'masked', 0.4\n"
         "n_layer, n_head, n_embd, block_size, batch_size, gradient_accumulation_steps = 1, 4, 32, 8, 32, 1\n"
         "max_iters, warmup_iters, learning_rate, lr_schedule, eval_tokens = 200, 5, 3e-2, 'linear', 200\n"
     )
-    train.main(["abc.py"])
-    return "out/abc"
+    return train_on("abc", "abc_xyz\n" * 400, recipe)
 
 
 def filled(capsys, *arguments):

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import prepare_data
 import sample
 import train
-from conftest import run
+from conftest import run, train_on
 from model import GPT, GPTConfig
 from utils.checkpoint import RunFolder
 from utils.generation import Int8Linear, for_generation
@@ -61,16 +60,12 @@ def test_the_best_model_is_used_or_the_last(a_run):
 
 
 def test_bytes_that_make_up_a_character_are_printed_together(tiny_data, capsys):
-    text = "日本語 😀 ünï\n" * 60
-    Path("u.txt").write_text(text, encoding="utf-8")
-    prepare_data.main(["text", "--name=u", "--input", "u.txt", "--tokenizer=byte"])
-    Path("u.py").write_text(
-        "dataset, device = 'u', 'cpu'\nn_layer, n_head, n_embd, block_size = 1, 2, 32, 32\n"
-        "batch_size, gradient_accumulation_steps = 8, 1\n"
+    recipe = (
+        "n_layer, n_head, n_embd, block_size, batch_size, gradient_accumulation_steps = 1, 2, 32, 32, 8, 1\n"
         "max_iters, warmup_iters, learning_rate, lr_schedule = 150, 5, 1e-2, 'linear'\n"
     )
-    train.main(["u.py"])
-    out = printed(capsys, "out/u", "--prompt=日", "--temperature=0", "--num_samples=1", "--max_new_tokens=100")
+    a_run = train_on("u", "日本語 😀 ünï\n" * 60, recipe)
+    out = printed(capsys, a_run, "--prompt=日", "--temperature=0", "--num_samples=1", "--max_new_tokens=100")
     assert out.startswith("日本語 😀 ünï\n日本語 😀 ünï\n")
 
 

@@ -156,9 +156,8 @@ def processes(settings):
     except UserError as e:
         if n == 1:
             raise
-        os._exit(
-            tell(e)
-        )  # at once: to leave in order would wait for processes that had no error, or abort without them
+        # At once: to leave in order would wait for processes that had no error, or abort without them.
+        os._exit(tell(e))
     if dist.is_initialized():
         dist.destroy_process_group()
 
