@@ -18,7 +18,7 @@ class GPTConfig:
     """The architecture; the defaults are GPT-3 small with a nonlinear query. ValueError names an invalid setting."""
 
     block_size: int = 1024  # longest sequence the model can see, in tokens
-    vocab_size: int | None = 50304  # number of token ids; in train.py None: those of the data set
+    vocab_size: int | None = 50304  # number of token ids; in train.py None: as many as the data need
     n_layer: int = 12  # transformer blocks
     n_head: int = 12  # attention heads in each block
     n_embd: int = 768  # width d of the residual stream
@@ -30,7 +30,7 @@ class GPTConfig:
     query_rank: int | None = None  # bottleneck r of the nonlinear query; None: n_embd // 2
     query_activation: str | None = None  # gelu | none (equal parameters, to tell what GELU does); None: gelu
     qk_norm: bool = False  # parameter-free RMSNorm of q and k, per head
-    causal: bool = True  # False: every token sees every other one, as in an encoder
+    causal: bool = True  # False: every token sees every other one, as in an encoder; train.py sets it by the objective
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "mlp_hidden", "query_rank"):
@@ -54,8 +54,8 @@ class GPTConfig:
             raise ValueError(f"{name}={getattr(self, name)!r} {problem}")
 
 
-# The three queries. x (B, T, d) is the block's input after ln_1; all return q (B, T, d). Nothing else in the model
-# depends on the query mode, and the softmax scale is 1/sqrt(head_size) in every mode.
+# The three queries. x (B, T, d) is the block's input after ln_1; all return q (B, T, d). Of these three, nothing else in
+# the model depends on the query mode, and the softmax scale is 1/sqrt(head_size) in every mode.
 # Without LayerNorms and skips a linear W_Q can be absorbed exactly by its neighbours, which leaves the identity; with them
 # the identity is reported to train about as well. So the paper spends the parameters of W_Q on a query that is not linear:
 # the mean of x and f(x), which start equally large, since each leaves a LayerNorm. The identity query has f = 0.
@@ -107,7 +107,7 @@ ACTIVATIONS = {"gelu": nn.GELU, "none": nn.Identity}
 
 
 class KVCache:
-    """Keys and values of the tokens that one attention layer has seen; GPT.forward may take a list of them, one a layer."""
+    """Keys and values of the tokens that one attention layer has seen; generation gives the model one for each layer."""
 
     def __init__(self, block_size):
         self.block_size, self.length, self.k, self.v = block_size, 0, None, None
@@ -176,7 +176,7 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = getattr(QUERIES[config.query_mode], "attention", Attention)(config)  # a query may bring its own
+        self.attn = getattr(QUERIES[config.query_mode], "attention", Attention)(config)  # a query may name its own
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
@@ -206,12 +206,12 @@ class GPT(nn.Module):
     def _init(self, name, parameter, seed):
         """GPT-2's initialisation, unless the parameter's module sets init_std or init_gain. Without a rule, an error."""
         module = self.get_submodule(name.rpartition(".")[0])
-        norm = isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or hasattr(module, "init_gain")
-        if not norm and not isinstance(module, (nn.Linear, nn.Embedding)):
+        is_gain = isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or hasattr(module, "init_gain")
+        if not is_gain and not isinstance(module, (nn.Linear, nn.Embedding)):
             raise NotImplementedError(f"no rule initialises {name} (of {type(module).__name__}); add one to GPT._init")
         if name.endswith("bias"):
             parameter.zero_()
-        elif norm:
+        elif is_gain:
             parameter.fill_(getattr(module, "init_gain", 1.0))
         elif not parameter.is_meta:  # a meta tensor has no values: the model is only built to count parameters
             # 2 n_layer writes to the residual stream add up; so scaled, their sum does not grow with the depth.
@@ -294,7 +294,7 @@ def sample(logits, temperature, top_k, top_p, generator):
 
 
 def derive_seed(seed, *key):
-    """The seed for one use of randomness (a parameter, a step's batch, a step's dropout in each process): a fixed
-    function of the run's seed and of that use's name. So no use can disturb another."""
+    """The seed for one use of randomness (a parameter, a step's batch, a window's holes, a step's dropout in each process):
+    a fixed function of the run's seed and of that use's name. So no use can disturb another."""
     digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1  # below 2**63, which every generator takes

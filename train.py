@@ -1,7 +1,7 @@
 """Train a GPT: python train.py [config/FILE.py] [--key=value ...]
 
 Without a file it trains config/quickstart.py. Keys are the settings below and the model's own; flags
-override the file, and a bare --key sets a switch to true. vocab_size is the data set's unless given.
+override the file, and a bare --key sets a switch to true. vocab_size, unless given, is what the data need.
 --objective=masked trains an encoder.
 The run is left in out/<name of the config file>, and --resume goes on with it.
 On several GPUs: torchrun --standalone --nproc_per_node=8 train.py config/FILE.py
@@ -34,7 +34,7 @@ class Settings:
     out_dir: str | None = None  # the run's folder; auto: out/<name of the config file>
     resume: bool = False  # go on with the run in out_dir
     eval_only: bool = False  # evaluate the weights (with resume: the checkpoint's) and stop; writes nothing
-    seed: int = 1337  # of weights, batches, masks and dropout, each with random numbers of its own
+    seed: int = 1337  # of weights, batches, holes and dropout, each with random numbers of its own
     # the objective
     objective: str = "next"  # next | masked: predict the next token, or, as an encoder, tokens that are hidden
     mask_share: float = 0.15  # masked: the share of each sequence that is hidden
@@ -77,13 +77,13 @@ def get_offsets(data, seed, step, n):
     return (raw % (data.n_tokens("train") - data.block_size)).astype(np.int64)
 
 
-def get_holes(data, settings, offsets, *key):
+def get_holes(data, settings, offsets, seed, *key):
     """The tokens that are hidden in the windows at offsets (n,) -> True there, (n, block_size), for each window a pure
-    function of (key, offset); None where the objective is the next token."""
+    function of (seed, key, offset); None where the objective is the next token."""
     if settings.objective == "next":
         return None
     count = max(1, round(settings.mask_share * data.block_size))  # equal, so that micro-batches weigh the same
-    raw = [np.random.Philox(key=derive_seed(*key, offset)).random_raw(data.block_size) for offset in offsets.tolist()]
+    raw = [np.random.Philox(key=derive_seed(seed, *key, o)).random_raw(data.block_size) for o in offsets.tolist()]
     return raw <= np.sort(raw)[:, count - 1 : count]  # where the smallest random numbers are
 
 
@@ -108,6 +108,16 @@ def get_batch(data, split, offsets, end, device, holes=None):
     if device.startswith("cuda"):  # from pinned memory the copy overlaps with computation
         batch = batch.pin_memory().to(device, non_blocking=True)
     return batch.to(device).unbind()
+
+
+def get_micro_batches(data, settings, step):
+    """This process's part of the batch of a step, one micro-batch (inputs, targets) at a time."""
+    # The whole step's batch is drawn first and cut afterwards: neither the size of a micro-batch nor
+    # the number of processes can change the data.
+    offsets = get_offsets(data, settings.seed, step, settings.gradient_accumulation_steps * settings.batch_size)
+    for micro_batch in offsets.reshape(-1, settings.batch_size)[rank() :: world_size()]:
+        holes = get_holes(data, settings, micro_batch, settings.seed, "holes", step)
+        yield get_batch(data, "train", micro_batch, data.n_tokens("train"), settings.device, holes)
 
 
 class Objective(torch.nn.Module):
@@ -142,7 +152,7 @@ def evaluate(objective, data, settings):
     total, targets = 0.0, 0
     objective.eval()
     for batch in offsets.reshape(-1, batch_size)[rank() :: world_size()]:
-        holes = get_holes(data, settings, batch, "validation")
+        holes = get_holes(data, settings, batch, seed="validation")  # whatever the run's seed is
         x, y = get_batch(data, "val", batch, n + 1, settings.device, holes)
         count = (y >= 0).sum().item()
         with autocast(settings):
@@ -182,16 +192,6 @@ def make_optimizer(model, settings):
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)
 
 
-def get_micro_batches(data, settings, step):
-    """This process's part of the batch of a step, one micro-batch (inputs, targets) at a time."""
-    # The whole step's batch is drawn first and cut afterwards: neither the size of a micro-batch nor
-    # the number of processes can change the data.
-    offsets = get_offsets(data, settings.seed, step, settings.gradient_accumulation_steps * settings.batch_size)
-    for micro_batch in offsets.reshape(-1, settings.batch_size)[rank() :: world_size()]:
-        holes = get_holes(data, settings, micro_batch, settings.seed, "holes", step)
-        yield get_batch(data, "train", micro_batch, data.n_tokens("train"), settings.device, holes)
-
-
 def train_step(objective, optimizer, scaler, data, settings, step):
     """One update -> this process's mean loss and the gradient norm before clipping, both left on the device."""
     for group in optimizer.param_groups:
@@ -222,7 +222,7 @@ def fit_to_data(config, settings, data):
     """Give the model what the objective and the data ask for; masking takes a token that the data does not have."""
     config.causal = settings.objective == "next"
     needed = data.vocab_size + (not config.causal)
-    config.vocab_size = config.vocab_size or needed
+    config.vocab_size = config.vocab_size or needed  # None unless the command or the config file gives it
     if config.vocab_size < needed:
         what = f"the {needed} of {settings.dataset}" + ("" if config.causal else " and the mask token")
         raise UserError(f"vocab_size={config.vocab_size} is smaller than {what}", status=2)
@@ -241,7 +241,7 @@ def train(settings, config, command):
     tokens_per_step = settings.batch_size * settings.gradient_accumulation_steps * config.block_size
 
     started = time.perf_counter()
-    # The part of a checkpoint that is neither model nor optimizer. The timed steps leave out what says nothing about
+    # The run's progress, which every checkpoint holds. The timed steps leave out what says nothing about
     # speed: the first step of a session (compilation), evaluations and saving.
     state = {"step": 0, "val": None, "best_val_loss": math.inf, "seconds": 0.0, "timed_steps": 0, "timed_seconds": 0.0}
     run = RunFolder(settings.out_dir, writes=rank() == 0 and not settings.eval_only)
@@ -252,7 +252,7 @@ def train(settings, config, command):
     def log(**values):
         run.log({"step": state["step"], **values, "seconds": round(seconds(), 3)})
 
-    def save(name):  # ckpt.pt is all that resuming needs; best.pt has no optimizer
+    def save(name):  # ckpt.pt is what --resume reads: no random state, seeds follow from the step; best.pt is smaller
         checkpoint = {"model": model.state_dict(), "config": asdict(config), "tokenizer": data.tokenizer}
         checkpoint["state"] = {**state, "seconds": seconds()}
         if name == "ckpt.pt":
@@ -289,7 +289,7 @@ def train(settings, config, command):
                 if best and step > 0:
                     save("best.pt")
                 if step > 0:
-                    save("ckpt.pt")  # last: what a resumed run finds beside it is never older
+                    save("ckpt.pt")  # after best.pt, so that a kill in between leaves no best.pt that is older
             if settings.eval_only:
                 return 0
             if step >= settings.max_iters:
@@ -302,7 +302,7 @@ def train(settings, config, command):
             health += loss if scaler.is_enabled() else loss + norm  # float16 skips steps whose norm overflows
             state["step"] = step = step + 1
 
-            # Log; only here does a GPU have to be waited for.
+            # Log; between evaluations only here does a GPU have to be waited for.
             if step % settings.log_interval == 0 or step == 1:
                 check_finite(health, run, step, settings)
                 check_loss_scale(scaler)
