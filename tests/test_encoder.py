@@ -109,7 +109,7 @@ def test_validation_is_the_mean_over_the_same_holes_for_every_run(tiny_data, eva
 
 def test_a_run_says_what_its_loss_is_of(tiny_config, monkeypatch, capsys):
     told = []
-    run = types.SimpleNamespace(log=lambda values, step: told.append(values))
+    run = types.SimpleNamespace(log=lambda values, step: told.append(values), finish=lambda: None)
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **options: run))
     flags = [tiny_config, "--objective=masked", "--mask_share=0.3"]
     train.main([*flags, "--max_iters=60002", "--eval_only"])

@@ -338,6 +338,14 @@ def test_two_processes_give_the_losses_of_one(objective, flag, tiny_config):
     assert json.loads(Path("out/two/config.json").read_text())["processes"] == 2
 
 
+def test_one_of_several_processes_ends_before_anything_can_abort_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    late = "import atexit, os; from utils.settings import run_program; atexit.register(os.abort); print('told'); "
+    Path("late.py").write_text(late + "run_program(lambda: 3)")
+    ends = [run("late.py", environment={"PYTHONPATH": str(ROOT), "WORLD_SIZE": str(n)}) for n in (1, 2)]
+    assert [(end.returncode, end.stdout) for end in ends] == [(-signal.SIGABRT, "told\n"), (3, "told\n")]
+
+
 def steps_of(objective, data, settings):
     """A function that takes n steps of training."""
     optimizer, scaler = train.make_optimizer(objective, settings), torch.amp.GradScaler(enabled=False)
@@ -498,8 +506,8 @@ def test_what_is_logged_fits_a_terminal_and_is_told_wandb(tiny_config, monkeypat
     assert [clock(seconds) for seconds in (5, 125, 3599.6, 45296)] == ["0:05", "2:05", "1h00m", "12h34m"]
     shortened = [short(number) for number in (0.5, 61.44, 999.9, 23345, 421003, 1.25e6)]
     assert shortened == ["0.5", "61.4", "1k", "23.3k", "421k", "1.25M"]
-    told, begun = [], []
-    run = types.SimpleNamespace(log=lambda values, step: told.append({"step": step, **values}))
+    told, begun, finish = [], [], mock.Mock()
+    run = types.SimpleNamespace(log=lambda values, step: told.append({"step": step, **values}), finish=finish)
     fake = types.SimpleNamespace(init=lambda **options: begun.append(options) or run)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     capsys.readouterr()
@@ -508,6 +516,7 @@ def test_what_is_logged_fits_a_terminal_and_is_told_wandb(tiny_config, monkeypat
     lines = capsys.readouterr().out.splitlines()
     assert any("mfu" in line for line in lines) and max(map(len, lines)) <= 80
     assert told == [json.loads(line) for line in Path("out/tiny/metrics.jsonl").read_text().splitlines()]
+    finish.assert_called_once_with()  # Python's own end, at which wandb would do it, is left out with several processes
     (options,) = begun
     assert (options["project"], options["name"]) == ("p", "tiny") and options["config"]["settings"]["wandb_log"]
     speed, mfu = metrics("out/tiny", "tokens_per_second"), metrics("out/tiny", "mfu")

@@ -50,8 +50,12 @@ class RunFolder:
     def holds(self, name):
         return (self.path / name).exists()
 
+    @contextlib.contextmanager
     def lock(self):  # held by the one process that writes here
-        return locked(self.path) if self.writes else contextlib.nullcontext()
+        with locked(self.path) if self.writes else contextlib.nullcontext():
+            yield
+        if self.wandb:
+            self.wandb.finish()
 
     def write_json(self, name, content):
         self.write_text(name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from utils.settings import UserError, clock, out_of_memory, short, tell
+from utils.settings import UserError, clock, out_of_memory, short
 
 # ---------------------------------------------------------------------------------------------------
 # Devices.
@@ -145,19 +145,13 @@ def processes(settings):
     if settings.gradient_accumulation_steps % n:
         steps = settings.gradient_accumulation_steps
         raise UserError(f"gradient_accumulation_steps={steps} cannot be shared by {n} processes", status=2)
-    try:
-        with explained_errors(settings):
-            if on_cuda:
-                torch.cuda.set_device(settings.device)
-                torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
-            if n > 1:
-                dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
-            yield
-    except UserError as e:
-        if n == 1:
-            raise
-        # At once: to leave in order would wait for processes that had no error, or abort without them.
-        os._exit(tell(e))
+    with explained_errors(settings):
+        if on_cuda:
+            torch.cuda.set_device(settings.device)
+            torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
+        if n > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
+        yield
     if dist.is_initialized():
         dist.destroy_process_group()
 

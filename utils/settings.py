@@ -36,18 +36,30 @@ class Parser(argparse.ArgumentParser):
 def run_program(main):
     """Call main() and exit with what it returns; a mistake of the user or a failing disk becomes one line."""
     try:
-        sys.exit(main())
+        leave(main())
     except KeyboardInterrupt:
-        sys.exit(130)
+        leave(130)
     except BrokenPipeError:  # the reader of a pipe, head or less, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        leave(141)
     except Exception as e:
         if out_of_memory(e):
             e = UserError("out of memory: do less at a time (--num_samples, --batch_size), or a smaller model")
         if not isinstance(e, (UserError, OSError)):
             raise
-        sys.exit(tell(e))
+        leave(tell(e))
+
+
+def leave(status):
+    """Exit; at once as one of several processes, which may have failed alone.
+
+    To leave in order would wait for the others. And torch's threads for collectives outlive the process group (seen with
+    2.14, Gloo and DistributedDataParallel): one that frees a tensor while Python shuts down aborts the process.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        os._exit(status or 0)
+    sys.exit(status)
 
 
 def tell(error):
