@@ -1,50 +1,74 @@
 """What counting reaches: the loss of n-gram tables on val.bin, counted on the very tokens that a run is trained on.
 
-A model that ends above the trigram line has not learned to look back. Interpolated by Witten and Bell's rule (Chen and
+A model that ends above the trigram line has not learned to look around. Interpolated by Witten and Bell's rule (Chen and
 Goodman 1999, section 2.4): p_n(w|h) = (c(hw) + t(h) p_{n-1}(w|h')) / (c(h) + t(h)), where c counts, t(h) is the number of
-different tokens seen after h, h' is h without its first token, and p_0 is uniform.
+different tokens seen with h, h' is h without its last token, and p_0 is uniform. h are the n - 1 tokens nearest to w: those
+before it or, for an encoder, those on both sides, the mask token among them.
 """
 
+from dataclasses import replace
+
 import numpy as np
+import torch
 
-from train import get_offsets
+from train import get_batch, get_holes, get_micro_batches
 
-ORDERS = (1, 2, 3, 4, 5)
+NEAREST = {"next": (-1, -2, -3, -4), "masked": (-1, 1, -2, 2)}  # where the tokens of h stand
 MOST_TOKENS = 100_000_000  # of a run, beyond which counting would take too much memory
 
 
-def seen_by(data, settings):
-    """The windows that a run sees, (sequences, block_size + 1), or None where they are too many."""
+def ngram_losses(data, settings):
+    """{n: mean loss in nats} for n = 1 to 5 over the targets of an evaluation; {} where a run sees too many tokens.
+
+    No count reaches over a window's edge. The tables see more than a model: every token of a window is counted, not only the
+    holes of an encoder; and a decoder's table goes on over the whole of val.bin, where the model's windows begin anew.
+    """
+    settings = replace(settings, device="cpu")
     per_step = settings.batch_size * settings.gradient_accumulation_steps
     if settings.max_iters * per_step * data.block_size > MOST_TOKENS:
-        return None
-    steps = range(settings.max_iters)
-    offsets = np.concatenate([get_offsets(data, settings.seed, step, per_step) for step in steps])
-    return np.lib.stride_tricks.sliding_window_view(data.tokens("train"), data.block_size + 1)[offsets]
+        return {}
+    batches = [batch for step in range(settings.max_iters) for batch in get_micro_batches(data, settings, step)]
+    x, y = (torch.cat(tensors).numpy() for tensors in zip(*batches))
+    n = min(data.n_tokens("val") - 1, settings.eval_tokens or data.n_tokens("val"))
+    around = NEAREST[settings.objective]
+    if settings.objective == "next":
+        seen = tokens = np.concatenate([x[:, :1], y], axis=1)
+        val = np.asarray(data.tokens("val")[: n + 1], np.int64)[None]
+        val_near, val_tokens = neighbours(val, around, data)[:, 1:], val[:, 1:]
+    else:
+        seen, tokens = x, np.where(y >= 0, y, x)
+        offsets = np.arange(max(1, n // data.block_size)) * data.block_size
+        holes = get_holes(data, settings, offsets, seed="validation")
+        val, targets = (t.numpy() for t in get_batch(data, "val", offsets, n + 1, "cpu", holes))
+        val_near, val_tokens = neighbours(val, around, data)[holes], targets[holes]
+    near = neighbours(seen, around, data)
+    near, val_near = near.reshape(-1, len(around)), val_near.reshape(-1, len(around))
+    return count(near, tokens.ravel(), val_near, val_tokens.ravel(), data.vocab_size)
 
 
-def ngram_losses(windows, val, vocab_size):
-    """{n: mean loss in nats} over all tokens of val (length,) but the first; no count reaches over a window's edge.
+def neighbours(windows, around, data):
+    """The tokens around each token of windows (rows, length) -> (rows, length, len(around))."""
+    edge, length = data.vocab_size + 1, windows.shape[1]  # an id beyond the mask token's
+    padded = np.pad(windows, ((0, 0), (4, 4)), constant_values=edge)
+    return np.stack([padded[:, 4 + offset : 4 + offset + length] for offset in around], axis=-1)
 
-    The tables see more than the model at the start of its windows, as their context goes on over the whole of val.
-    """
-    windows, val = windows.astype(np.int64), np.asarray(val, np.int64)
-    # A context is known by a number: its n - 1 tokens' place among all contexts of that length that were counted.
-    context, val_context = np.zeros_like(windows), np.zeros_like(val)
-    p, losses, contexts = np.full(len(val), 1 / vocab_size), {}, 1
-    for n in ORDERS:
-        # From here on, position i of windows and val stands for the n tokens that end there.
-        keys = context * vocab_size + windows[:, n - 1 :]
-        grams, counts = np.unique(keys, return_counts=True)
-        total, kinds = (np.bincount(grams // vocab_size, w, contexts) for w in (counts, None))
-        place, known = find(grams, val_context * vocab_size + val[n - 1 :])
-        count = np.where(known & (val_context >= 0), counts[place], 0)
-        c, t = (np.where(val_context >= 0, x[val_context], 0) for x in (total, kinds))
-        shorter = p[-len(count) :]
-        p[-len(count) :] = np.where(c > 0, (count + t * shorter) / np.maximum(c + t, 1), shorter)
-        losses[n] = float(-np.log(p[1:]).mean())
-        context, contexts = np.searchsorted(grams, keys)[:, :-1], len(grams)
-        val_context = np.where(known & (val_context >= 0), place, -1)[:-1]
+
+def count(near, tokens, val_near, val_tokens, vocab_size):
+    """Count tokens (N,) with those near them (N, 4), nearest first -> {n: mean loss of val_tokens (M,)}."""
+    ids = vocab_size + 2
+    h, val_h = np.zeros_like(tokens), np.zeros_like(val_tokens)  # a number for each h that was counted; -1: for no such
+    p, losses = np.full(len(val_tokens), 1 / vocab_size), {}
+    for n in range(1, near.shape[1] + 2):
+        grams, counts = np.unique(h * ids + tokens, return_counts=True)
+        place, known = find(grams, val_h * ids + val_tokens)
+        c_hw = np.where(known, counts[place], 0)
+        c, t = (np.where(val_h >= 0, np.bincount(grams // ids, weights)[val_h], 0) for weights in (counts, None))
+        p = np.where(c > 0, (c_hw + t * p) / np.maximum(c + t, 1), p)
+        losses[n] = float(-np.log(p).mean())
+        if n <= near.shape[1]:
+            longer, h = np.unique(h * ids + near[:, n - 1], return_inverse=True)
+            place, known = find(longer, val_h * ids + val_near[:, n - 1])
+            val_h = np.where(known, place, -1)
     return losses
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from model import GPTConfig
 from prepare_data import Dataset, prepare_if_small
-from study.ngrams import ngram_losses, seen_by
+from study.ngrams import ngram_losses
 from study.plan import Run, Study
 from study.queries import register
 from train import Settings, fit_to_data
@@ -111,11 +111,9 @@ def read(study):
 
 def count_ngrams(study):
     """Write ngrams.json: what n-gram counts of the tokens that the first measuring seed's runs see reach on val.bin."""
-    settings, config, data = settings_of(study, study.runs()[0], study.devices[0])
-    windows = seen_by(data, replace(settings, seed=study.seeds[0]))
-    if windows is not None:
-        val = data.tokens("val")[: (settings.eval_tokens or data.n_tokens("val")) + 1]
-        study.ngrams = ngram_losses(windows, val, config.vocab_size)
+    settings, _, data = settings_of(study, study.runs()[0], study.devices[0])
+    study.ngrams = ngram_losses(data, replace(settings, seed=study.seeds[0]))
+    if study.ngrams:
         RunFolder(study.folder).write_json("ngrams.json", study.ngrams)
 
 

@@ -10,6 +10,8 @@ import pytest
 stats = pytest.importorskip("study.stats", reason="needs scipy")
 ttest = pytest.importorskip("scipy.stats").ttest_ind
 
+import train  # noqa: E402
+from prepare_data import Dataset  # noqa: E402
 from study import plan  # noqa: E402
 from study.ngrams import ngram_losses  # noqa: E402
 from study.plan import Run, Study  # noqa: E402
@@ -162,37 +164,54 @@ def test_seeds_come_in_pairs_to_all_arms_until_the_intervals_are_narrow(half_wid
 # What counting reaches.
 
 
-def slow_ngrams(windows, val, vocab_size, order):
-    """Witten and Bell's rule, recursively, as it is written down."""
+def slow_ngrams(counted, val, vocab_size):
+    """Witten and Bell's rule, recursively, as it is written down; counted and val: (token, those near it, nearest first)."""
     count, followers = Counter(), defaultdict(set)
-    for window in windows.tolist():
-        for n in range(1, order + 1):
-            for i in range(len(window) - n + 1):
-                *context, token = window[i : i + n]
-                count[(*context, token)] += 1
-                followers[tuple(context)].add(token)
+    for token, near in counted:
+        for n in range(len(near) + 1):
+            count[(*near[:n], token)] += 1
+            followers[near[:n]].add(token)
     total = Counter()
     for gram, c in count.items():
         total[gram[:-1]] += c
 
     def p(token, h):
-        shorter = p(token, h[1:]) if h else 1 / vocab_size
+        shorter = p(token, h[:-1]) if h else 1 / vocab_size
         t = len(followers[h])
         return (count[(*h, token)] + t * shorter) / (total[h] + t) if total[h] else shorter
 
-    val = val.tolist()
-    contexts = [tuple(val[max(0, i - order + 1) : i]) for i in range(len(val))]
-    return -np.mean([math.log(p(val[i], contexts[i])) for i in range(1, len(val))])
+    return -np.mean([math.log(p(token, near)) for token, near in val])
 
 
-def test_ngram_losses_are_those_of_the_rule():
-    rng = np.random.default_rng(0)
-    windows, val = rng.integers(0, 5, (40, 12)), rng.integers(0, 6, 200)  # 5 never occurs in the windows
-    windows[:, 1::2] = (windows[:, ::2] + 1) % 5
-    val[1::2] = (val[::2] + 1) % 5
-    found = ngram_losses(windows.astype(np.uint16), val.astype(np.uint16), 6)
-    assert found == pytest.approx({n: slow_ngrams(windows, val, 6, n) for n in range(1, 6)}, rel=1e-12)
-    assert found[2] < found[1] - 0.1  # a token tells the next one
+@pytest.mark.parametrize("objective, around", [("next", (-1, -2, -3, -4)), ("masked", (-1, 1, -2, 2))])
+def test_ngram_losses_are_those_of_the_rule(objective, around, tiny_data):
+    """Over the tokens of the run's windows and over what an evaluation predicts, gathered one by one."""
+    data, recipe = Dataset("tiny", 16), {"batch_size": 2, "gradient_accumulation_steps": 2, "max_iters": 30, "seed": 3}
+    settings = train.Settings("tiny", objective=objective, eval_tokens=170, mask_share=0.2, **recipe)
+
+    def examples(split, offsets, length, *key):
+        """Of each token in each window: the token, what is seen near it, whether it is hidden."""
+        holes = train.get_holes(data, settings, offsets, *key)
+        for number, offset in enumerate(offsets.tolist()):
+            window = dict(enumerate(data.tokens(split)[offset : offset + length].tolist()))
+            hidden = {i: "mask" for i in window if holes is not None and holes[number, i]}
+            seen = {**window, **hidden}
+            for i, token in window.items():
+                yield token, tuple(seen.get(i + o, "edge") for o in around), i in hidden
+
+    counted, length = [], 17 if objective == "next" else 16
+    for step in range(30):
+        counted += examples("train", train.get_offsets(data, 3, step, 4), length, 3, "holes", step)
+    if objective == "next":
+        val = list(examples("val", np.array([0]), 171, "validation"))[1:]
+    else:
+        val = [example for example in examples("val", np.arange(0, 160, 16), 16, "validation") if example[2]]
+    assert len(val) == (170 if objective == "next" else 10 * 3)
+    found, expected = ngram_losses(data, settings), {}
+    for n in range(1, 6):
+        expected[n] = slow_ngrams(*([(t, h[: n - 1]) for t, h, _ in part] for part in (counted, val)), 18)
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert found[3] < found[1] - 0.5  # two tokens tell the third
 
 
 # Runs that fail.
