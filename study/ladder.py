@@ -53,9 +53,7 @@ def draw(found, folder):
         y, half = [row.mean for _, row in points], [row.high - row.mean for _, row in points]
         axes.errorbar(x, y, half, fmt="o-", color=colour, capsize=3, lw=0.9, label=f"{arm} against {other}")
     axes.axhline(0, color="#555555", lw=0.8)
-    axes.set(
-        xscale="log", xlabel="non-embedding parameters", ylabel="difference of validation loss (%), lower is better"
-    )
+    axes.set(xscale="log", xlabel="non-embedding parameters", ylabel="difference of loss (%), lower is better")
     axes.legend(frameon=False, fontsize="small")
     axes.grid(alpha=0.2)
     save(figure, folder / "ladder.svg")

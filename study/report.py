@@ -22,7 +22,7 @@ ABOUT = """Each: {max_iters} steps, {tokens} tokens of {source}; {n_layer} layer
 PLAN = """Primary comparison: {primary}. Secondary: {secondary}.{later} Margin of equivalence: ± {margin:g} %. The seeds \
 {tuning} look for each arm's rate, from {rates} on in steps of √2; {measuring}. Expected standard deviation of a run: \
 {spread:g} %, so {n} seeds find a primary difference of {found:.2f} % in four of five studies."""
-NOTE = """Validation loss in nats a token after the last step: mean ± standard deviation over the measuring seeds. \
+NOTE = """{loss} in nats a token after the last step: mean ± standard deviation over the measuring seeds. \
 Differences are in percent of the other arm's loss, lower is better; in brackets is the 95 % interval, from the variance \
 pooled over all arms{pooled}. {odd}Usable rates: their mean over the \
 tuning seeds is within 1 % of the best. Failed: runs that diverged or never learned, of all. MFLOP: of a training step, per \
@@ -38,7 +38,7 @@ def write(study, command):
     parts.append(f"{len(study.records)} runs{left}. {about([record['config'] for record in study.records.values()])}")
     parts += ["## The plan", plan(study), "## The verdicts", verdict_table(study), VERDICTS]
     parts += ["## Each arm at its best rate", arm_table(study), note(study), lines(study)]
-    parts += ["![Validation loss against the learning rate, every run a dot](rates.svg)", rate_table(study)]
+    parts += [f"![{loss_name(study)} against the learning rate, every run a dot](rates.svg)", rate_table(study)]
     parts += ["Mean over the tuning seeds, and in brackets how many.", seed_table(study)]
     draw(study)
     RunFolder(study.folder).write_text("report.md", "\n\n".join(filter(None, parts)) + "\n")
@@ -122,8 +122,8 @@ def arm_table(study):
             flops = flops_per_token(GPT(GPTConfig(**config["model"])))
         row += [f"{config['parameters'][key]:,}" for key in ("non_embedding", "query_path")] + [f"{flops / 1e6:.2f}"]
         rows.append([*row, f"{speeds[arm] / speeds[base]:.2f}" if arm in speeds else ""])
-    header = ["arm", "best rate", "usable rates", "validation loss (n)", f"against {base}", "against others", "failed"]
-    return table([*header, "non-embedding parameters", "query path", "MFLOP", "tokens/s"], rows)
+    header = ["arm", "best rate", "usable rates", f"{loss_name(study).lower()} (n)", f"against {base}", "against others"]
+    return table([*header, "failed", "non-embedding parameters", "query path", "MFLOP", "tokens/s"], rows)
 
 
 def note(study):
@@ -135,7 +135,12 @@ def note(study):
         sd, mean = math.sqrt(variance), np.mean([x for found in losses.values() for x in found])
         pooled = f" ({sd:.4f} nats a run, or {100 * sd / mean:.2f} %, {df} degrees of freedom)"
     words = f"A spread of their own, and Welch's test, have: {', '.join(sorted(odd))}. " if odd else ""
-    return NOTE.format(pooled=pooled, odd=words, baseline=study.baseline)
+    return NOTE.format(loss=loss_name(study), pooled=pooled, odd=words, baseline=study.baseline)
+
+
+def loss_name(study):
+    objectives = {record["config"]["settings"].get("objective", "next") for record in study.records.values()}
+    return "Masked-token loss" if objectives == {"masked"} else "Validation loss"
 
 
 def lines(study):
@@ -153,7 +158,7 @@ def lines(study):
 
 
 def seed_table(study):
-    """The validation loss of each measuring seed at the arm's best rate."""
+    """The loss of each measuring seed at the arm's best rate."""
     seeds, rows = study.measuring_seeds(), []
     for arm, runs in study.measured().items():
         cells = dict.fromkeys(seeds, "")
@@ -164,7 +169,7 @@ def seed_table(study):
 
 
 def rate_table(study):
-    """The mean validation loss of each arm at each rate over its tuning seeds."""
+    """The mean loss of each arm at each rate over its tuning seeds."""
     by_arm = {arm: study.tuning_runs(arm) for arm in study.arms}
     rates, rows = sorted({rate for by_rate in by_arm.values() for rate in by_rate}), []
     for arm, by_rate in by_arm.items():
@@ -209,7 +214,7 @@ def draw(study):
                 at = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
                 axes.annotate(f"{n}-gram counts", (0.995, loss), size=8, **at)
         axes.legend(frameon=False, fontsize="small", ncols=2)
-    axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss (nats a token)")
+    axes.set(xscale="log", xlabel="learning rate", ylabel=f"{loss_name(study).lower()} (nats a token)")
     axes.set_xticks(sorted(rates), [f"{rate:g}" for rate in sorted(rates)])
     axes.minorticks_off()
     axes.grid(alpha=0.2)

@@ -101,6 +101,14 @@ def test_a_grid_is_complete_and_its_report_tells_it(grid):
     assert text.count(" | inf diverged | inf diverged |\n") == 2 and text.count(" | 2 of 2 | ") == 2
 
 
+def test_a_study_of_encoders_says_what_its_loss_is_of():
+    write_tiny()
+    assert ablate.main(["tiny.py", "--arm=identity", "--objective=masked", "--tune=", "--seed=1", "--out=r"]) == 0
+    (loss,), text = losses().values(), Path("r/report.md").read_text()
+    assert "| masked-token loss (n) | " in text and f" | {loss:.4f} (1) | " in text and "alidation loss" not in text
+    assert math.log(21) / 2 < runs.load(Path("r")).ngrams[1] < math.log(21) + 0.1  # random letters of 21
+
+
 def test_the_same_command_runs_nothing_again_and_a_dry_run_measures_only(grid, capsys):
     before = files("r")
     assert ablate.main(GRID) == 0 and files("r") == before and "val loss" not in capsys.readouterr().out
