@@ -96,7 +96,7 @@ def verdict_table(study):
         perplexity = interval(*(100 * math.expm1(x) for x in row.nats))
         p = f"{row.p:.3f}" if row.p >= 0.001 else "< 0.001"
         rows.append([f"{row.arm} against {row.other}", interval(*row[2:5]), perplexity, p, row.verdict])
-    return table(["comparison", "log-loss", "perplexity", "p", "verdict"], rows)
+    return table(["comparison", "log-loss", "perplexity", "p", "verdict"], rows) if rows else "None yet."
 
 
 def arm_table(study):
@@ -110,8 +110,8 @@ def arm_table(study):
         of_arm = [run for run in study.records if run.arm == arm]
         if not of_arm:
             continue
-        found, usable, best = losses[arm], study.usable_rates(arm), study.search(arm)[1]
-        row = [arm, f"{best:g}" if best else "?", f"{usable[0]:g} to {usable[-1]:g}" if usable else "none"]
+        found, usable, best = losses[arm], [f"{rate:g}" for rate in study.usable_rates(arm)], study.search(arm)[1]
+        row = [arm, f"{best:g}" if best else "?", " to ".join(dict.fromkeys(usable[:1] + usable[-1:])) or "none"]
         spread = f" ± {np.std(found, ddof=1):.4f}" if len(found) > 1 else ""
         row.append(f"{np.mean(found):.4f}{spread} ({len(found)})" if found else "")
         row.append(compared.get((arm, base), ""))
