@@ -5,12 +5,12 @@
 dataset = "stdlib"  # as bytes; prepared on first use
 objective, mask_share = "masked", 0.3
 query_mode = "nonlinear"
-n_layer, n_head, n_embd, block_size = 3, 4, 128, 32
+n_layer, n_head, n_embd, block_size = 2, 4, 128, 32
 batch_size, gradient_accumulation_steps = 48, 1
 
 learning_rate, lr_schedule = 1e-2, "linear"
-warmup_iters, max_iters = 80, 1400
+warmup_iters, max_iters = 80, 2000
 beta2 = 0.99
 
-eval_interval, eval_tokens = 700, 100_000
+eval_interval, eval_tokens = 1000, 100_000
 log_interval = 50
