@@ -163,7 +163,10 @@ class Study:
         return {arm: [final_loss(self.records[run]) for run in runs] for arm, runs in good.items()}
 
     def compare(self):
-        """A row of stats.compare for each comparison. None is judged that rests on a run that failed."""
+        """A row of stats.compare for each comparison, none before all runs are done: who stops at a difference that he likes
+        finds one. None is judged that rests on a run that failed."""
+        if self.to_go():
+            return []
         measured = self.measured()
         failed = {arm: sum(bool(self.failure(run)) for run in runs) for arm, runs in measured.items()}
         return stats.compare(self.losses(measured), self.comparisons, self.margin, failed)
