@@ -26,9 +26,9 @@ def sizes(studies):
     """Studies -> (non-embedding parameters of the baseline, tokens a run, its comparisons) of each, smallest first."""
     found = []
     for study in studies:
-        record = next((record for run, record in study.records.items() if run.arm == study.baseline), None)
-        if not record:
-            raise UserError(f"{study.folder} has no run of its baseline yet")
+        if left := study.to_go():  # before that there are no verdicts
+            raise UserError(f"{study.folder} has {left} or more runs to go; finish it first, or leave it out")
+        record = next(record for run, record in study.records.items() if run.arm == study.baseline)
         rows = [row for row in study.compare() if row]
         found.append((record["config"]["parameters"]["non_embedding"], record["summary"]["tokens"], rows))
     return sorted(found, key=lambda size: size[0])

@@ -96,11 +96,9 @@ def verdict_table(study):
         perplexity = interval(*(100 * math.expm1(x) for x in row.nats))
         p = f"{row.p:.3f}" if row.p >= 0.001 else "< 0.001"
         rows.append([f"{row.arm} against {row.other}", interval(*row[2:5]), perplexity, p, row.verdict])
-    return (
-        table(["comparison", "log-loss", "perplexity", "p", "verdict"], rows)
-        if rows
-        else "None before all runs are done."
-    )
+    if not rows:
+        return "None before all runs are done."
+    return table(["comparison", "log-loss", "perplexity", "p", "verdict"], rows)
 
 
 def arm_table(study):
@@ -126,15 +124,9 @@ def arm_table(study):
             flops = flops_per_token(GPT(GPTConfig(**config["model"])))
         row += [f"{config['parameters'][key]:,}" for key in ("non_embedding", "query_path")] + [f"{flops / 1e6:.2f}"]
         rows.append([*row, f"{speeds[arm] / speeds[base]:.2f}" if arm in speeds else ""])
-    header = [
-        "arm",
-        "best rate",
-        "usable rates",
-        f"{loss_name(study).lower()} (n)",
-        f"against {base}",
-        "against others",
-    ]
-    return table([*header, "failed", "non-embedding parameters", "query path", "MFLOP", "tokens/s"], rows)
+    header = ["arm", "best rate", "usable rates", f"{loss_name(study).lower()} (n)", f"against {base}"]
+    header += ["against others", "failed", "non-embedding parameters", "query path", "MFLOP", "tokens/s"]
+    return table(header, rows)
 
 
 def note(study):

@@ -51,7 +51,7 @@ class RunFolder:
         return (self.path / name).exists()
 
     @contextlib.contextmanager
-    def lock(self):  # held by the one process that writes here
+    def lock(self):  # held by the one process that writes here; at its end wandb has all that was logged
         with locked(self.path) if self.writes else contextlib.nullcontext():
             yield
         if self.wandb:
