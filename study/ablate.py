@@ -73,8 +73,8 @@ def read_options(argv):
     )
     parser.add_argument("--half-width", type=positive, help="of all intervals, in percent: six seeds measure, then two more "
                         "at a time until it is reached; default: all seeds of --seed measure")  # fmt: skip
-    parser.add_argument("--spread", type=positive, default=0.5, help="standard deviation of a run's loss, in percent, "
-                        "from a pilot; default: 0.5")  # fmt: skip
+    parser.add_argument("--spread", type=positive, default=0.5, help="expected standard deviation of a run's loss, "
+                        "without what its seed does to all arms, in percent; default: 0.5")  # fmt: skip
     parser.add_argument("--devices", help="one run at a time on each: cuda:0,cuda:1 or cpu,cpu; default: one")
     parser.add_argument("--out", type=Path, help="the study's folder; default: study/results/NAME_OF_CONFIG")
     parser.add_argument(
@@ -169,12 +169,12 @@ def print_runs(study):
         seconds, at_a_time = tokens / speed_of(study, known[0], 6), len(study.devices)
         whole = clock(study.to_go() * seconds / at_a_time)
         print(f"at least {study.to_go()} to go, {whole}, {clock(seconds)} each, {at_a_time} at a time")
-    arms = len(study.arms)
     print(f"if a run's loss has a standard deviation of {study.spread:g} % (--spread):")
     for n in sorted({n for n in (len(study.measuring_seeds()), len(study.seeds)) if n > 1}):
-        wide, found = stats.half_width(study.spread, n, arms), stats.detectable(study.spread, n, arms)
+        wide, found = stats.half_width(study.spread, n), stats.detectable(study.spread, n)
         print(f"{n} seeds give intervals of ± {wide:.2f} %, and find a difference of {found:.2f} % in 4 of 5 studies")
-    print(f"± {study.margin:g} % (--margin) takes {stats.seeds_for(study.spread, study.margin, arms)} seeds")
+    takes = stats.seeds_for(study.spread, stats.TIGHT * study.margin)
+    print(f"equal arms are called equivalent (--margin={study.margin:g}) in 4 of 5 studies with {takes} seeds")
 
 
 def speed_of(study, run, steps):

@@ -4,6 +4,7 @@ Each STUDY is the folder of a study of one size, in which every arm has its own 
 """
 
 import itertools
+import math
 import sys
 from pathlib import Path
 
@@ -28,9 +29,9 @@ def sizes(studies):
     for study in studies:
         if left := study.to_go():  # before that there are no verdicts
             raise UserError(f"{study.folder} has {left} or more runs to go; finish it first, or leave it out")
-        record = next(record for run, record in study.records.items() if run.arm == study.baseline)
-        rows = [row for row in study.compare() if row]
-        found.append((record["config"]["parameters"]["non_embedding"], record["summary"]["tokens"], rows))
+        learned = [run for run in study.records if run.arm == study.baseline and study.records[run]["summary"]]
+        record = study.records[learned[0]]
+        found.append((record["config"]["parameters"]["non_embedding"], record["summary"]["tokens"], study.compare()))
     return sorted(found, key=lambda size: size[0])
 
 
@@ -46,9 +47,10 @@ def size_table(found):
 def draw(found, folder):
     """ladder.svg: each comparison's difference and its 95 % interval against the size -> its figure."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes, pairs = figure.subplots(), dict.fromkeys((row.arm, row.other) for _, _, rows in found for row in rows)
+    judged = [(n, row) for n, _, rows in found for row in rows if math.isfinite(row.low)]
+    axes, pairs = figure.subplots(), dict.fromkeys((row.arm, row.other) for _, row in judged)
     for number, ((arm, other), colour) in enumerate(zip(pairs, itertools.cycle(COLOURS))):
-        points = [(n, row) for n, _, rows in found for row in rows if (row.arm, row.other) == (arm, other)]
+        points = [(n, row) for n, row in judged if (row.arm, row.other) == (arm, other)]
         x = [n * 1.04 ** (number - len(pairs) / 2) for n, _ in points]  # side by side
         y, half = [row.mean for _, row in points], [row.high - row.mean for _, row in points]
         axes.errorbar(x, y, half, fmt="o-", color=colour, capsize=3, lw=0.9, label=f"{arm} against {other}")

@@ -40,11 +40,12 @@ class Study:
     comparisons: list  # [arm, other]; the first is the primary one
     margin: float  # of equivalence, in percent of the loss
     half_width: float | None  # of the intervals, in percent: more seeds until they are so narrow; None: all seeds
-    spread: float  # standard deviation of a run's loss that a pilot found, in percent
+    spread: float  # expected standard deviation of a run's loss, without what its seed does to all arms, in percent
     folder: Path  # holds study.json, runs.jsonl, the report, and a folder for each run under way
     devices: list  # one run at a time on each; None: what train.py picks
     records: dict = field(default_factory=dict)  # Run -> its config.json, training curve and summary.json
     ngrams: dict = field(default_factory=dict)  # n -> loss of n-gram counts; empty where they were not counted
+    planned: int | None = None  # how many comparisons were stated before runs that measure were known; None: all
 
     @property
     def baseline(self):
@@ -137,12 +138,12 @@ class Study:
         return self.seeds[:n]
 
     def width(self, n):
-        """Half the widest interval of all comparisons with the first n seeds, in percent; 0 while a run is missing."""
-        measured = self.measured(self.seeds[:n])
-        if any(len(runs) < n for runs in measured.values()):
+        """Half the widest interval of the planned comparisons with the first n seeds, in percent; 0 while a run is missing."""
+        measured, pairs = self.measured(self.seeds[:n]), self.comparisons[: self.planned]
+        if any(len(measured[arm]) < n for pair in pairs for arm in pair):
             return 0.0
-        rows = stats.compare(self.losses(measured), self.comparisons, self.margin)
-        return max(((row.high - row.low) / 2 for row in rows if row), default=0.0)
+        rows = stats.compare(self.losses(measured), pairs, self.margin)
+        return max(((row.high - row.low) / 2 for row in rows if row.high > row.low), default=0.0)
 
     def to_go(self):
         """How many runs are left; at least so many while a rate is still looked for."""
@@ -158,15 +159,15 @@ class Study:
         return {arm: [run for s in seeds if (run := Run(arm, best[arm], s)) in self.records] for arm in self.arms}
 
     def losses(self, measured):
-        """{arm: runs} -> {arm: losses of those that learned}"""
+        """{arm: runs} -> {arm: {seed: loss} of those that learned}"""
         good = {arm: [run for run in runs if not self.failure(run)] for arm, runs in measured.items()}
-        return {arm: [final_loss(self.records[run]) for run in runs] for arm, runs in good.items()}
+        return {arm: {run.seed: final_loss(self.records[run]) for run in runs} for arm, runs in good.items()}
 
     def compare(self):
         """A row of stats.compare for each comparison, none before all runs are done: who stops at a difference that he likes
-        finds one. None is judged that rests on a run that failed."""
+        finds one."""
         if self.to_go():
             return []
         measured = self.measured()
         failed = {arm: sum(bool(self.failure(run)) for run in runs) for arm, runs in measured.items()}
-        return stats.compare(self.losses(measured), self.comparisons, self.margin, failed)
+        return stats.compare(self.losses(measured), self.comparisons, self.margin, failed, self.planned)

@@ -20,15 +20,16 @@ COLOURS = ("#000000", "#56B4E9", "#D55E00", "#E69F00", "#0072B2", "#009E73", "#C
 ABOUT = """Each: {max_iters} steps, {tokens} tokens of {source}; {n_layer} layers, d {n_embd}, {n_head} heads; {dtype}. \
 {device}; torch {torch}; commit {commit}."""
 PLAN = """Primary comparison: {primary}. Secondary: {secondary}.{later} Margin of equivalence: ± {margin:g} %. The seeds \
-{tuning} look for each arm's rate, from {rates} on in steps of √2; {measuring}. Expected standard deviation of a run: \
-{spread:g} %, so {n} seeds find a primary difference of {found:.2f} % in four of five studies."""
-NOTE = """{loss} in nats a token after the last step: mean ± standard deviation over the measuring seeds. \
-Differences are in percent of the other arm's loss, lower is better; in brackets is the 95 % interval, from the variance \
-pooled over all arms{pooled}. {odd}Usable rates: their mean over the \
-tuning seeds is within 1 % of the best. Failed: runs that diverged or never learned, of all. MFLOP: of a training step, per \
-token. tokens/s: measured apart, in turns, relative to {baseline}."""
-VERDICTS = """p is of no difference, for the secondary comparisons Holm's; better or worse: p < 0.05. Equivalent: the 95 % \
-interval lies within the margin. No verdict rests on a run that failed."""
+{tuning} look for each arm's rate, from {rates} on in steps of √2; {measuring}. Expected standard deviation of a run, without \
+what its seed does to all arms: {spread:g} %, so that {n} seeds find a primary difference of {found:.2f} % in four of five studies."""
+NOTE = """{loss} in nats a token after the last step: mean ± standard deviation over the measuring seeds, without runs that \
+failed: that diverged{failed}. Differences are in percent of the other arm's loss, lower is better. Usable rates: \
+their mean over the tuning seeds is within 1 % of the best. MFLOP: of a training step, per token. tokens/s: measured apart, in \
+turns, relative to {baseline}."""
+VERDICTS = """In brackets is the 95 % interval, by the paired t test over the seeds: for each arm at the best rate that was \
+tried, and for this data; it does not contain the error of choosing a rate. p is of no difference, for the secondary \
+comparisons Holm's; better or worse: p < 0.05. Equivalent: the interval lies within the margin. Intervals and equivalence \
+are not corrected for the number of comparisons. No verdict rests on a run that failed."""
 
 
 def write(study, command):
@@ -65,36 +66,36 @@ def table(header, rows):
 
 def plan(study):
     """What was to be compared, and how, in words."""
-    told, n = RunFolder(study.folder).read_json("study.json", "planned"), len(study.measuring_seeds())
+    n, planned = len(study.measuring_seeds()), len(study.comparisons) if study.planned is None else study.planned
     pairs = [f"{arm} against {other}" for arm, other in study.comparisons]
-    later = listed(pairs[told["planned"] :])
+    later = listed(pairs[planned:])
     measuring = f"{listed(study.measuring_seeds())} measure there"
     if study.half_width:
-        measuring += f", at most {len(study.seeds)} until every interval is at most ± {study.half_width:g} % wide"
+        measuring += f", at most {len(study.seeds)} until each interval is at most ± {study.half_width:g} %"
     return PLAN.format(
         primary=pairs[0] if pairs else "none",
-        secondary=listed(pairs[1 : told["planned"]]) or "none",
-        later=f" Added when runs that measure were known: {later}." if later else "",
+        secondary=listed(pairs[1:planned]) or "none",
+        later=f" Added when runs that measure were known, and so exploratory: {later}." if later else "",
         margin=study.margin,
         tuning=listed(study.tuning_seeds) or "of none",
         rates=", ".join(f"{rate:g}" for rate in study.learning_rates),
         measuring=measuring,
         spread=study.spread,
         n=n,
-        found=stats.detectable(study.spread, n, len(study.arms)) if n > 1 else math.inf,
+        found=stats.detectable(study.spread, n) if n > 1 else math.inf,
     )
 
 
 def interval(mean, low, high):
-    return f"{mean:+.2f} % [{low:+.2f}, {high:+.2f}]"
+    return f"{mean:+.2f} % [{low:+.2f}, {high:+.2f}]" if math.isfinite(low) else ""
 
 
 def verdict_table(study):
     """A row for each comparison."""
     rows = []
-    for row in filter(None, study.compare()):
+    for row in study.compare():
         perplexity = interval(*(100 * math.expm1(x) for x in row.nats))
-        p = f"{row.p:.3f}" if row.p >= 0.001 else "< 0.001"
+        p = "< 0.001" if row.p < 0.001 else f"{row.p:.3f}"
         rows.append([f"{row.arm} against {row.other}", interval(*row[2:5]), perplexity, p, row.verdict])
     if not rows:
         return "None before all runs are done."
@@ -107,17 +108,18 @@ def arm_table(study):
     folder = RunFolder(study.folder)
     speeds = folder.read_json("speed.json") if folder.holds("speed.json") else {}
     losses = study.losses(study.measured())
-    compared = {(row.arm, row.other): interval(*row[2:5]) for row in filter(None, study.compare())}
+    compared = {(row.arm, row.other): interval(*row[2:5]) for row in study.compare()}
     for arm in study.arms:
         of_arm = [run for run in study.records if run.arm == arm]
         if not of_arm:
             continue
-        found, usable, best = losses[arm], [f"{rate:g}" for rate in study.usable_rates(arm)], study.search(arm)[1]
-        row = [arm, f"{best:g}" if best else "?", " to ".join(dict.fromkeys(usable[:1] + usable[-1:])) or "none"]
+        found, usable, best = [*losses[arm].values()], study.usable_rates(arm), study.search(arm)[1]
+        row = [arm, f"{best:g}" if best else "?", ", ".join(f"{rate:g}" for rate in usable) or "none"]
         spread = f" ± {np.std(found, ddof=1):.4f}" if len(found) > 1 else ""
         row.append(f"{np.mean(found):.4f}{spread} ({len(found)})" if found else "")
         row.append(compared.get((arm, base), ""))
-        row.append(", ".join(f"{words} against {b}" for (a, b), words in compared.items() if a == arm and b != base))
+        others = [f"{words} against {b}" for (a, b), words in compared.items() if words and a == arm and b != base]
+        row.append(", ".join(others))
         row.append(f"{sum(bool(study.failure(run)) for run in of_arm)} of {len(of_arm)}")
         config = study.records[of_arm[0]]["config"]
         with torch.device("meta"):
@@ -130,15 +132,8 @@ def arm_table(study):
 
 
 def note(study):
-    losses = study.losses(study.measured())
-    odd = stats.own_spread(losses)
-    variance, df = stats.pooled([x for arm, x in losses.items() if arm not in odd])
-    pooled = ""
-    if df:
-        sd, mean = math.sqrt(variance), np.mean([x for found in losses.values() for x in found])
-        pooled = f" ({sd:.4f} nats a run, or {100 * sd / mean:.2f} %, {df} degrees of freedom)"
-    words = f"A spread of their own, and Welch's test, have: {', '.join(sorted(odd))}. " if odd else ""
-    return NOTE.format(loss=loss_name(study), pooled=pooled, odd=words, baseline=study.baseline)
+    failed = " or never learned" if study.ngrams else " (whether they learned was not checked)"
+    return NOTE.format(loss=loss_name(study), failed=failed, baseline=study.baseline)
 
 
 def loss_name(study):
@@ -153,7 +148,7 @@ def lines(study):
     counts = ", ".join(f"{n}-grams {loss:.4f}" for n, loss in study.ngrams.items() if n > 1)
     words = f"Counting the same tokens reaches: {counts} (interpolated after Witten and Bell)."
     losses = study.losses(study.measured())
-    off = {arm: np.mean(found) - study.ngrams[5] for arm, found in losses.items() if found}
+    off = {arm: np.mean([*found.values()]) - study.ngrams[5] for arm, found in losses.items() if found}
     above = [f"{arm} by {nats:.4f}" for arm, nats in off.items() if nats > 0]
     if above:
         return f"{words} **The study is too short to conclude**: above the 5-grams ended {', '.join(above)}."
@@ -204,10 +199,11 @@ def draw(study):
             axes.plot([], [], "o-", color=colour, label=arm)
             best_losses.append(min(final_loss(study.records[run]) for run in runs))
             rates |= {run.learning_rate for run in runs}
-    base = losses[study.baseline]
-    sd = math.sqrt(stats.pooled(losses.values())[0])
-    if base and math.isfinite(sd):
-        axes.axhspan(np.mean(base) - sd, np.mean(base) + sd, color="#000000", alpha=0.08, lw=0)
+    base = [*losses[study.baseline].values()]
+    if len(base) > 1:
+        mean, sd = np.mean(base), np.std(base, ddof=1)
+        words = f"{study.baseline}: mean ± standard deviation"
+        axes.axhspan(mean - sd, mean + sd, color="#000000", alpha=0.08, lw=0, label=words)
     if best_losses:  # what is far above them leaves the picture
         low, high = 0.99 * min(best_losses), max(1.12 * max(best_losses), 1.01 * study.ngrams.get(4, 0))
         axes.set_ylim(low, high)

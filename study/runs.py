@@ -28,8 +28,8 @@ PLAN = ("config", "arms", "learning_rates", "tuning_seeds", "seeds", "comparison
 def load(folder):
     """A study from what it left in its folder."""
     register()
-    told = RunFolder(folder).read_json("study.json", *PLAN)
-    study = Study(**{key: told[key] for key in PLAN}, folder=folder, devices=[None])
+    told = RunFolder(folder).read_json("study.json", *PLAN, "planned")
+    study = Study(**{key: told[key] for key in PLAN}, planned=told["planned"], folder=folder, devices=[None])
     read(study)
     return study
 
@@ -75,10 +75,10 @@ def write_plan(study, command):
     """Write study.json. Once a run that measures is known, what is compared and how stands: arms and comparisons can be
     added at the end, and `planned` tells how many comparisons came before."""
     folder, plan = RunFolder(study.folder), {key: getattr(study, key) for key in PLAN}
-    planned = len(study.comparisons)
+    study.planned = len(study.comparisons)
     before = load(study.folder) if folder.holds("study.json") else None
     if before and any(run.seed in before.seeds for run in before.records):
-        planned = folder.read_json("study.json", "planned")["planned"]
+        study.planned = before.planned
         kept = {"arms": {arm: plan["arms"].get(arm) for arm in before.arms}}
         kept["comparisons"] = plan["comparisons"][: len(before.comparisons)]
         for key in PLAN:
@@ -87,7 +87,7 @@ def write_plan(study, command):
                     f"{study.folder}: {key} was {was}, now is {plan[key]}; a plan stands once runs that measure "
                     "are known (arms and comparisons can be added at the end); choose another --out"
                 )
-    folder.write_json("study.json", {"command": command, **plan, "planned": planned})
+    folder.write_json("study.json", {"command": command, **plan, "planned": study.planned})
 
 
 def read(study):

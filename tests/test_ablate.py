@@ -152,7 +152,7 @@ def test_an_arm_can_be_added_later(grid):
     with pytest.raises(UserError, match="r has 2 or more runs to go"):
         ladder.sizes([study])
     text = Path("r/report.md").read_text()
-    assert f"Added when runs that measure were known: new against {LINEAR}." in text
+    assert f"Added when runs that measure were known, and so exploratory: new against {LINEAR}." in text
     assert f"\n| {NONLINEAR} against {LINEAR} | " not in text and "\n\nNone before all runs are done.\n" in text
     assert json.loads(Path("r/study.json").read_text())["planned"] == pairs
     del study.arms["new"]
@@ -345,40 +345,37 @@ def test_the_published_tables_are_those_of_the_records():
 
 
 def test_every_number_of_the_published_verdicts_computed_anew():
-    """From nothing but the lines of runs.jsonl, with numpy and scipy; also that no run failed."""
-    scipy_stats = pytest.importorskip("scipy.stats")
+    """From nothing but the lines of runs.jsonl, by scipy's paired t test; also that no run failed."""
+    ttest = pytest.importorskip("scipy.stats").ttest_rel
     told, text = json.loads((PUBLISHED / "study.json").read_text()), (PUBLISHED / "report.md").read_text("utf-8")
-    counts, x = json.loads((PUBLISHED / "ngrams.json").read_text()), {}
+    counts, x, rates = json.loads((PUBLISHED / "ngrams.json").read_text()), {}, {}
     for line in records(PUBLISHED).values():
         assert np.mean([loss for _, loss, _ in line["curve"][-15:]]) < counts["3"]
         assert line["config"]["settings"]["max_iters"] == line["summary"]["steps"] == 1500
         if line["seed"] in told["seeds"]:
-            x.setdefault((line["arm"], line["learning_rate"]), []).append(line["summary"]["final_val_loss"])
-    rates, x = dict(x), {arm: np.array(losses) for (arm, _), losses in x.items()}
-    assert len(rates) == len(x) and "A spread of their own" not in text  # each arm is measured at one rate
-    df = sum(len(losses) - 1 for losses in x.values())
-    sd = math.sqrt(sum(((losses - losses.mean()) ** 2).sum() for losses in x.values()) / max(1, df))
+            x.setdefault(line["arm"], {})[line["seed"]] = line["summary"]["final_val_loss"]
+            assert rates.setdefault(line["arm"], line["learning_rate"]) == line["learning_rate"]
     n = min(len(x.get(arm, ())) for arm in told["arms"])
-    whole = n >= 6 and {len(losses) for losses in x.values()} == {n}
-    if whole and n < len(told["seeds"]):  # more seeds follow while an interval is too wide
-        smallest = min(x[other].mean() for _, other in told["comparisons"])
-        whole = 100 * scipy_stats.t.ppf(0.975, df) * sd * math.sqrt(2 / n) / smallest <= told["half_width"]
+    x = {arm: np.array([losses[seed] for seed in sorted(losses)]) for arm, losses in x.items()}
+    whole = n >= 6 and n % 2 == 0 and {len(losses) for losses in x.values()} == {n}
+    if whole:
+        tests = [ttest(x[arm], x[other]) for arm, other in told["comparisons"]]
+        intervals = np.array([test.confidence_interval(0.95) for test in tests])
+        base = np.array([x[other].mean() for _, other in told["comparisons"]])
+        widest = (100 * np.diff(intervals)[:, 0] / 2 / base).max()
+        whole = n == len(told["seeds"]) or widest <= told["half_width"]  # more seeds follow while one is too wide
     assert ("\n\nNone before all runs are done.\n" in text) == (not whole)
     if not whole:
         return
-    rows, p = [], []
-    for arm, other in told["comparisons"]:
-        error, difference = sd * math.sqrt(1 / len(x[arm]) + 1 / len(x[other])), x[arm].mean() - x[other].mean()
-        interval = np.array([difference, *scipy_stats.t.interval(0.95, df, difference, error)])
-        percent = 100 * interval / x[other].mean(), 100 * np.expm1(interval)
-        words = ["{:+.2f} % [{:+.2f}, {:+.2f}]".format(*values) for values in percent]
-        rows.append(f"| {arm} against {other} | {' | '.join(words)} | ")
-        p.append(2 * scipy_stats.t.sf(abs(difference / error), df))
-    for row, value, others in zip(rows, p, [[], *[p[1:]] * (len(p) - 1)]):
-        smaller = [q for q in others if q <= value]  # Holm: the largest of (m - k) p over those that are not larger
-        steps = [min(1, (len(others) - k) * q) for k, q in enumerate(sorted(smaller))]
-        value = max(steps, default=value)
-        assert f"{row}{f'{value:.3f}' if value >= 0.001 else '< 0.001'} | " in text
+    for i, (arm, other) in enumerate(told["comparisons"]):
+        nats = np.array([intervals[i].mean(), *intervals[i]])
+        words = ["{:+.2f} % [{:+.2f}, {:+.2f}]".format(*v) for v in (100 * nats / base[i], 100 * np.expm1(nats))]
+        others = sorted(test.pvalue for test in tests[1:])
+        # Holm: the largest of (m - k) p over those that are not larger
+        steps = [min(1, (len(others) - k) * q) for k, q in enumerate(others) if q <= tests[i].pvalue]
+        p = max(steps) if i else tests[0].pvalue
+        told_p = f"{p:.3f}" if p >= 0.001 else "< 0.001"
+        assert f"| {arm} against {other} | {' | '.join(words)} | {told_p} | " in text
 
 
 def test_the_pilot_in_the_readme_is_that_of_its_records():
