@@ -260,9 +260,7 @@ def train(settings, config, command):
         run.save(name, checkpoint)
 
     with run.lock(), StopSignal() as stop:
-        checkpoint = run.begin(describe(settings, model, data, command), settings)
-        if checkpoint:
-            run.restore(checkpoint, model, optimizer, scaler, state)
+        run.restore(run.begin(describe(settings, model, data, command), settings), model, optimizer, scaler, state)
         run.introduce(settings, model, data, tokens_per_step, state["step"])
         objective = Objective(model)
         if settings.compile:

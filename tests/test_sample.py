@@ -107,6 +107,11 @@ def test_layers_too_narrow_for_the_int8_kernel_are_left_in_bfloat16(rank):
     assert (small(idx)[0].float() - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt() < 0.06
 
 
+def test_int8_is_refused_where_torch_has_no_kernel_for_it():
+    with torch.device("meta"), pytest.raises(UserError, match="int8 weights are for CPUs"):
+        for_generation(GPT(GPTConfig(16, 50, 2, 2, 32)), "int8")
+
+
 def test_an_int8_layer_is_the_product_with_its_rounded_weights():
     layer = torch.nn.Linear(32, 24)
     with torch.no_grad():

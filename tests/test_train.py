@@ -559,3 +559,17 @@ def test_the_peak_of_a_gpu_is_known_or_not_given(monkeypatch):
     monkeypatch.setattr(device_module, "device_name", lambda device: device)
     assert {name: device_module.peak_tflops(f"cuda:{name}") for name in PEAKS} == PEAKS
     assert device_module.peak_tflops("cpu") is None
+
+
+@pytest.mark.parametrize(
+    "n, here, expected",
+    [
+        (1, None, "python train.py --seed=1"),
+        (8, 8, "torchrun --standalone --nproc_per_node=8 train.py --seed=1"),
+        (16, 8, "torchrun --nnodes=2 --nproc_per_node=8 train.py --seed=1"),
+    ],
+)
+def test_the_command_that_resumes_starts_as_many_processes(n, here, expected, monkeypatch):
+    for name, value in {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": here}.items():
+        monkeypatch.setenv(name, str(value)) if value else monkeypatch.delenv(name, raising=False)
+    assert device_module.launch_command("train.py", ["--seed=1"]) == expected

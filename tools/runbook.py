@@ -4,6 +4,7 @@ It begins with what makes the rest worthless if it is wrong, and writes gpu.json
 a run that is cut off keeps what it has. On a CPU, with --shape tiny, it is a rehearsal.
 """
 
+import gc
 import json
 import os
 import re
@@ -44,6 +45,7 @@ def run(options, settings):
             rows = [{"failed": f"{type(e).__name__}: {str(e)[:300]}"}]
         found = {"what": step.__doc__.splitlines()[0], "rows": rows, "seconds": time.perf_counter() - began}
         book[step.__name__] = found
+        free_memory()
         write(book, options.out)
         print(to_markdown(step.__name__, found), flush=True)
         if step.__name__ == "gradients" and any(not row.get("right") for row in rows):
@@ -60,6 +62,12 @@ def write(book, folder):
     for name, text in (("gpu.json", json.dumps(book, indent=1)), ("gpu.md", "\n\n".join([about, *steps]))):
         with new_file(folder / name) as f:
             f.write(f"{text}\n".encode())
+
+
+def free_memory():
+    """Give the GPU's memory back, which the next step, or a process that it starts, may need."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def to_markdown(name, step):
@@ -106,36 +114,51 @@ def model_tests(options, settings):
     environment = {**os.environ, "TEST_DEVICE": settings.device}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "test_model.py"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    return [{"result": done.stdout.strip().splitlines()[-1]}]
+    return [{"result": (done.stdout.strip() or done.stderr.strip()).splitlines()[-1]}]
 
 
 def speed(options, settings):
     """Training, in turns; MFU as PaLM's appendix B counts operations. The profile is of the last query of a batch."""
-    shape, rows, peak = SHAPES[options.shape], [], peak_tflops(settings.device)
+    rows = []
     batches = {60: [*QUERIES], 12: ["linear", "nonlinear"], 120: ["nonlinear"]}
     if options.shape == "tiny":
         batches = {2: [*QUERIES]}
     if options.peer:
         next(iter(batches.values())).insert(0, PEER)
     for batch, names in batches.items():
-        trainings = {name: make_training(name, shape, replace(settings, batch_size=batch)) for name in names}
-        first = {name: timed(take_steps, 1)[0] for name, take_steps in trainings.items()}
-        seconds, memory = {name: [] for name in names}, {}
-        for _ in range(options.repeats):
-            for name, take_steps in trainings.items():
-                if settings.device.startswith("cuda"):
-                    torch.cuda.reset_peak_memory_stats(settings.device)
-                seconds[name].append(timed(take_steps, 2)[0] / 2)
-                memory[name] = peak_memory(settings.device) / 1e9
-        for name in names:
-            with torch.device("meta"):
-                flops = flops_per_token(make_model("linear" if name == PEER else name, shape))
-            rate = batch * settings.gradient_accumulation_steps * shape["block_size"] / median(seconds[name])
-            mfu = rate * flops / (peak * 1e12) if peak else None
-            row = {"batch": batch, "query": name, "tokens/s": rate, "MFU": mfu}
-            rows.append(row | {"first step, s": first[name], "memory, GB": memory[name], "profile": ""})
-        rows[-1]["profile"] = profile(trainings[names[-1]], settings.device)
-        del trainings
+        torch.compiler.reset()  # else what was compiled for another batch size would make this one general
+        try:
+            rows += speed_of_batch(names, SHAPES[options.shape], replace(settings, batch_size=batch), options.repeats)
+        except torch.OutOfMemoryError:
+            rows.append({"batch": batch, "query": "out of memory"})
+        free_memory()
+    return rows
+
+
+def speed_of_batch(names, shape, settings, repeats):
+    """A row for each name."""
+    on_cuda, peak, rows = settings.device.startswith("cuda"), peak_tflops(settings.device), []
+    trainings = {name: make_training(name, shape, settings) for name in names}
+    first = {name: timed(take_steps, 1)[0] for name, take_steps in trainings.items()}
+    seconds, memory = {name: [] for name in names}, {}
+    for _ in range(repeats):
+        for name, take_steps in trainings.items():
+            idle = torch.cuda.memory_allocated(settings.device) if on_cuda else 0  # weights and moments of all models
+            if on_cuda:
+                torch.cuda.reset_peak_memory_stats(settings.device)
+            seconds[name].append(timed(take_steps, 2)[0] / 2)
+            memory[name] = peak_memory(settings.device) - idle
+    for name in names:
+        with torch.device("meta"):
+            model = make_model("linear" if name == PEER else name, shape)
+        sequences = settings.batch_size * settings.gradient_accumulation_steps
+        rate = sequences * shape["block_size"] / median(seconds[name])
+        own = 12 * sum(p.numel() for p in model.parameters()) if on_cuda else 0
+        row = {"batch": settings.batch_size, "query": name, "tokens/s": rate}
+        row["MFU"] = rate * flops_per_token(model) / (peak * 1e12) if peak else None
+        row |= {"first step, s": first[name], "memory, GB": (memory[name] + own) / 1e9, "profile": ""}
+        rows.append(row)
+    rows[-1]["profile"] = profile(trainings[names[-1]], settings.device)
     return rows
 
 
@@ -145,7 +168,10 @@ def profile(take_steps, device):
         wall, _ = timed(take_steps, 1)
     shares = dict.fromkeys([*KERNELS, "other"], 0.0)
     for event in profiler.key_averages():
-        on_device = event.self_device_time_total if device.startswith("cuda") else event.self_cpu_time_total
+        on_cuda = device.startswith("cuda")
+        if on_cuda and (event.device_type == torch.autograd.DeviceType.CPU or event.is_user_annotation):
+            continue  # what a kernel takes is told again of the operation that started it
+        on_device = event.self_device_time_total if on_cuda else event.self_cpu_time_total
         kind = next((kind for kind, names in KERNELS.items() if re.search(names, event.key, re.I)), "other")
         shares[kind] += on_device / 1e6 / wall
     return {kind: round(share, 3) for kind, share in shares.items()} | {"idle": round(1 - sum(shares.values()), 3)}

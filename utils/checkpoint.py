@@ -134,7 +134,10 @@ class RunFolder:
         return load_checkpoint(self.path / name, "model", "config", "tokenizer", "state")
 
     def restore(self, checkpoint, model, optimizer, scaler, state):
-        """Put a checkpoint into what is being trained; one without an optimizer (imported) starts with a fresh one."""
+        """Put a checkpoint, where there is one, into what is being trained; without an optimizer in it (imported) that stays
+        fresh."""
+        if not checkpoint:
+            return
         with reading(self.path / "ckpt.pt"):
             model.load_state_dict(checkpoint["model"])
             if "optimizer" in checkpoint:

@@ -157,10 +157,11 @@ def processes(settings):
 
 
 def launch_command(program, argv):
-    """What to type to start a program with as many processes as there are now."""
+    """What to type to start a program with as many processes as there are now; on each node, where there are several."""
     n = world_size()
-    launcher = ["torchrun", "--standalone", f"--nproc_per_node={n}"] if n > 1 else ["python"]
-    return shlex.join([*launcher, program, *argv])
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", n))
+    nodes = "--standalone" if here == n else f"--nnodes={n // here}"
+    return shlex.join([*(["torchrun", nodes, f"--nproc_per_node={here}"] if n > 1 else ["python"]), program, *argv])
 
 
 def rank():
@@ -228,6 +229,8 @@ def explained_errors(settings):
             raise UserError(f"torch.compile failed ({reason}); --compile=false does without it") from e
         if isinstance(e, ValueError) and "environment variable" in str(e):  # RANK, MASTER_ADDR, ...
             raise UserError(f"{str(e).splitlines()[0]}; start several processes with torchrun") from None
+        if "Duplicate GPU" in str(e):  # NCCL's words
+            raise UserError(f"start no more processes than there are GPUs ({torch.cuda.device_count()})") from None
         if isinstance(e, dist.DistError) or "gloo" in str(e):
             raise UserError(f"another process of this run has ended, or cannot be reached ({reason})") from e
         raise

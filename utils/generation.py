@@ -7,7 +7,9 @@ float32's bytes, int8 a quarter.
 import torch
 import torch.nn as nn
 
-FORMATS = ("float32", "bfloat16", "int8")
+from utils.settings import UserError
+
+FORMATS = ("float32", "bfloat16", "int8")  # int8 on CPUs alone
 
 
 class Int8Linear(nn.Module):
@@ -36,6 +38,10 @@ def best_format(device):
 @torch.no_grad()
 def for_generation(model, dtype="float32"):
     """Eval mode, and weights in one of FORMATS -> the model, which is changed in place."""
+    if dtype == "int8" and model.wte.weight.device.type != "cpu":
+        raise UserError("int8 weights are for CPUs; use bfloat16 or float32", status=2)
+    # It makes a plan for each length of the keys, and every token makes them longer.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     for name, module in list(model.named_modules()):
         # Of a width that is no multiple of its vectors' length torch's kernel for int8 reads past the end.
         if isinstance(module, nn.Linear) and dtype == "int8" and module.in_features % 32 == 0:
