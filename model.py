@@ -54,7 +54,7 @@ class GPTConfig:
             raise ValueError(f"{name}={getattr(self, name)!r} {problem}")
 
 
-# The three queries. x (B, T, d) is the block's input after ln_1; all return q (B, T, d). Of these three, nothing else in
+# The three queries. x (B, T, d) is the block's input after ln_1; all return q (B, T, d). With these three, nothing else in
 # the model depends on the query mode, and the softmax scale is 1/sqrt(head_size) in every mode.
 # Without LayerNorms and skips a linear W_Q can be absorbed exactly by its neighbours, which leaves the identity; with them
 # the identity is reported to train about as well. So the paper spends the parameters of W_Q on a query that is not linear:

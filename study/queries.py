@@ -1,8 +1,9 @@
-"""Queries that the studies compare beside model.py's three: python -m study.queries CONFIG ... is train.py with them.
+"""Queries that the studies compare beside model.py's three: python -m study.queries CONFIG ... is train.py with them, and
+sample.py lacks them.
 
 Each comes through the door that model.py offers: a class in QUERIES. x (B, T, d) is the attention layer's input after ln_1,
 q (B, T, d); N is an RMSNorm of each head without gains. A gain per channel on q, or per head without a norm, could be
-absorbed by W_K: it adds no function, and only what depends on the token does.
+absorbed by W_K; only a factor that depends on the token adds something.
 """
 
 from dataclasses import replace
@@ -165,7 +166,7 @@ class NonlinearQKNormQuery(QKNormQuery):
     make = staticmethod(nonlinear)
 
 
-# The parameters elsewhere: is the query special?
+# The parameters elsewhere: is the query special? These have no dropout, biases, or norms of their own.
 
 
 class GatedAttention(Attention):

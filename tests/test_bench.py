@@ -111,7 +111,7 @@ def test_a_plan_says_what_a_recipe_takes(monkeypatch, capsys):
     tokens, d, n_layer = 60_002 * 6 * 40 * 1024, 768, 12
     flops = 6 * (50304 * d + n_layer * 12 * d * d) + n_layer * 12 * d * 1024  # six a weight, and attention
     assert "124,373,760" in lines["parameters"] and "60,002 steps of 240 sequences" in lines["tokens"]
-    assert float(lines["operations"].split()[1][:-1]) == pytest.approx(tokens * flops, rel=5e-3)
+    assert float(lines["FLOPs"].split()[1][:-1]) == pytest.approx(tokens * flops, rel=5e-3)
     assert f" {tokens * flops / (8 * 1000e12 * 0.5) / 3600:.1f} hours at 50% of 8 x 1000 " in lines["time"]
     assert "2.8 GB a GPU" in lines["memory"] and lines["2.50"].split() == ["2.50", "GB", "weights"]
     mistakes = {"gpus=7": "shared by 7", "gpus=0": "gpus", "share=40": "share", "share=0": "share", "steps=3": "steps"}

@@ -44,7 +44,7 @@ def count_memory(settings, config, gpus, parameters):
     return {
         "weights": 4 * parameters,
         "gradients": 4 * parameters * min(gpus, 2),  # several GPUs have a copy to exchange, too
-        "AdamW's means": 8 * parameters,
+        "AdamW's moments": 8 * parameters,
         "activations": one + (config.n_layer - 1) * (two - one) - tokens * config.vocab_size * width,
         "logits and the head's gradient": (tokens + config.n_embd) * config.vocab_size * width,
     }
@@ -79,8 +79,8 @@ def print_plan(options):
     parts = count_memory(settings, config, gpus, parameters)
     print(f"parameters  {parameters:,}")
     print(f"tokens      {tokens:.3g}: {settings.max_iters:,} steps of {sequences} sequences of {config.block_size:,}")
-    print(f"operations  {tokens * flops:.3g}: {flops:.3g} a token, forward and backward")
+    print(f"FLOPs       {tokens * flops:.3g}: {flops:.3g} a token, forward and backward")
     print(f"time        {hours:.1f} hours at {options.share:.0%} of {gpus} x {options.tflops} TFLOP/s")
     print(f"memory      {sum(parts.values()) / 1e9:.1f} GB a GPU, compiled, {settings.batch_size} sequences at a time:")
     print("\n".join(f"{size / 1e9:15.2f} GB {part}" for part, size in parts.items()))
-    print("counted, not measured; what CUDA and NCCL take, and fragments, come on top")
+    print("counted, not measured; what CUDA and NCCL take, and fragmentation, come on top")
