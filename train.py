@@ -332,7 +332,7 @@ def train(settings, config, command):
     return 0
 
 
-def main(argv=None):
+def main(argv=None, program=("train.py",)):
     argv = sys.argv[1:] if argv is None else argv
     if "-h" in argv or "--help" in argv:
         print(__doc__, "settings:", list_settings(Settings), sep="\n")
@@ -341,7 +341,7 @@ def main(argv=None):
     settings, config = read_command(argv, Settings, GPTConfig)
     settings = resolve(settings)  # what is still None ("auto") gets its value
     with processes(settings):
-        return train(settings, config, launch_command("train.py", argv))
+        return train(settings, config, launch_command(*program, *argv))
 
 
 if __name__ == "__main__":

@@ -245,4 +245,4 @@ def register():
 
 if __name__ == "__main__":
     register()
-    run_program(main)
+    run_program(lambda: main(program=("-m", "study.queries")))

@@ -82,6 +82,8 @@ def grid(finished):
 
 def test_a_grid_is_complete_and_its_report_tells_it(grid):
     assert len(records()) == 8 and files("r").keys() <= LEFT
+    commands = {run["config"]["command"].split(" --")[0] for run in records().values()}
+    assert commands == {f"python -m study.queries {GRID[0]}"}  # train.py does not know all queries of a study
     for name, line in records().items():
         settings, model = line["config"]["settings"], line["config"]["model"]
         arm = f"query_mode={model['query_mode']}+weight_decay={settings['weight_decay']:g}"

@@ -572,4 +572,4 @@ def test_the_peak_of_a_gpu_is_known_or_not_given(monkeypatch):
 def test_the_command_that_resumes_starts_as_many_processes(n, here, expected, monkeypatch):
     for name, value in {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": here}.items():
         monkeypatch.setenv(name, str(value)) if value else monkeypatch.delenv(name, raising=False)
-    assert device_module.launch_command("train.py", ["--seed=1"]) == expected
+    assert device_module.launch_command("train.py", "--seed=1") == expected

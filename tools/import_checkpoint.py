@@ -118,7 +118,7 @@ def main(argv=None):
         model = translate(checkpoint)
     except (UserError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as e:
         raise UserError(f"{path}: {e}") from None
-    write_run(given, model, launch_command("-m", ["tools.import_checkpoint", *argv]))
+    write_run(given, model, launch_command("-m", "tools.import_checkpoint", *argv))
     return 0
 
 

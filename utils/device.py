@@ -156,12 +156,12 @@ def processes(settings):
         dist.destroy_process_group()
 
 
-def launch_command(program, argv):
-    """What to type to start a program with as many processes as there are now; on each node, where there are several."""
+def launch_command(*words):
+    """What to type to start python's words with as many processes as there are now; on each node, where there are several."""
     n = world_size()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", n))
     nodes = "--standalone" if here == n else f"--nnodes={n // here}"
-    return shlex.join([*(["torchrun", nodes, f"--nproc_per_node={here}"] if n > 1 else ["python"]), program, *argv])
+    return shlex.join([*(["torchrun", nodes, f"--nproc_per_node={here}"] if n > 1 else ["python"]), *words])
 
 
 def rank():
