@@ -6,6 +6,7 @@ Each STUDY is the folder of a study of one size, in which every arm has its own 
 import itertools
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -24,7 +25,8 @@ def read_options(argv):
 
 
 def sizes(studies):
-    """Studies -> (non-embedding parameters of the baseline, tokens a run, its comparisons) of each, smallest first."""
+    """Studies -> (non-embedding parameters of the baseline, tokens a run, its comparisons) of each, smallest first; the
+    comparisons are those that more than one study has."""
     found = []
     for study in studies:
         if left := study.to_go():  # before that there are no verdicts
@@ -32,6 +34,8 @@ def sizes(studies):
         learned = [run for run in study.records if run.arm == study.baseline and study.records[run]["summary"]]
         record = study.records[learned[0]]
         found.append((record["config"]["parameters"]["non_embedding"], record["summary"]["tokens"], study.compare()))
+    pairs = Counter((row.arm, row.other) for _, _, rows in found for row in rows)
+    found = [(*size, [row for row in rows if pairs[row.arm, row.other] > 1]) for *size, rows in found]
     return sorted(found, key=lambda size: size[0])
 
 
