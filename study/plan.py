@@ -57,12 +57,12 @@ class Study:
         record = self.records[run]
         if math.isinf(final_loss(record)):
             return "diverged"
+        if not self.ngrams:
+            return ""
         losses = [loss for _, loss, _ in record["curve"]]
         width = max(1, len(losses) // 10)
         smooth = np.convolve(losses, np.full(width, 1 / width), mode="valid")
-        if self.ngrams and (smooth[-1] > self.ngrams[3] or (smooth > self.ngrams[2]).mean() > 0.5):
-            return "never learned"
-        return ""
+        return "never learned" if smooth[-1] > self.ngrams[3] or (smooth > self.ngrams[2]).mean() > 0.5 else ""
 
     # Which runs.
 
