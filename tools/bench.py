@@ -31,7 +31,7 @@ from tools import plan
 from tools.bench_data import bench_data, random_tokens, spread, timed
 from utils.checkpoint import RunFolder
 from utils.device import device_name, flops_per_token, peak_memory, resolve
-from utils.generation import FORMATS, best_format, for_generation
+from utils.generation import FORMATS, best_format, for_generation, formats
 from utils.settings import Parser, UserError, run_program, short
 
 SHAPES = {
@@ -169,7 +169,7 @@ def print_format_losses(run, settings):
     """How much the number formats of generation change a run's loss on the first 100,000 validation tokens."""
     told, exact = RunFolder(run).read_json("config.json", "settings")["settings"], None
     settings = replace(settings, eval_tokens=100_000, **{k: told[k] for k in ("objective", "mask_share") if k in told})
-    for dtype in FORMATS if settings.device == "cpu" else FORMATS[:2]:
+    for dtype in formats(settings.device):
         model, _ = load_model(run, settings.device, dtype)
         autocast = "float32" if dtype == "float32" else "bfloat16"  # or the loss itself would be rounded
         data = Dataset(told["dataset"], model.config.block_size)

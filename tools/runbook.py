@@ -25,7 +25,7 @@ from tools.bench_data import timed
 from train import Objective
 from utils.device import autocast, device_name, flops_per_token, peak_memory, peak_tflops
 from utils.files import new_file
-from utils.generation import FORMATS, for_generation
+from utils.generation import for_generation, formats
 
 ROOT = Path(__file__).parent.parent
 # Parts of kernels' names, and what these kernels do; the first that fits counts.
@@ -166,9 +166,8 @@ def profile(take_steps, device):
     """{what kernels do: their share of the time of a step}, and the share in which the device idles."""
     with torch.profiler.profile() as profiler:
         wall, _ = timed(take_steps, 1)
-    shares = dict.fromkeys([*KERNELS, "other"], 0.0)
+    shares, on_cuda = dict.fromkeys([*KERNELS, "other"], 0.0), device.startswith("cuda")
     for event in profiler.key_averages():
-        on_cuda = device.startswith("cuda")
         if on_cuda and (event.device_type == torch.autograd.DeviceType.CPU or event.is_user_annotation):
             continue  # what a kernel takes is told again of the operation that started it
         on_device = event.self_device_time_total if on_cuda else event.self_cpu_time_total
@@ -223,7 +222,7 @@ def generation(options, settings):
     rows, shape = [], SHAPES[options.shape]
     prompt, n = torch.zeros(1, 1, dtype=torch.long, device=settings.device), min(200, shape["block_size"] - 1)
     for mode in QUERIES:
-        for dtype in FORMATS if settings.device == "cpu" else FORMATS[:2]:
+        for dtype in formats(settings.device):
             model = for_generation(GPT(GPTConfig(query_mode=mode, **shape)).to(settings.device), dtype)
             best = min(timed(lambda: model.generate(prompt, n, temperature=0).cpu())[0] for _ in range(3))
             rows.append({"query": mode, "weights": dtype, "tokens/s": n / best})

@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from utils.settings import UserError
 
-FORMATS = ("float32", "bfloat16", "int8")  # int8 on CPUs alone
+FORMATS = ("float32", "bfloat16", "int8")
 
 
 class Int8Linear(nn.Module):
@@ -28,6 +28,11 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+def formats(device):
+    """Those of FORMATS that there are on a device: torch's product for int8 gives another type on CUDA."""
+    return FORMATS if device == "cpu" else FORMATS[:2]
+
+
 def best_format(device):
     """The fastest number format that changes the validation loss by less than 0.1 %: `tools.bench sample --run` tells."""
     if device == "cpu":
@@ -38,9 +43,9 @@ def best_format(device):
 @torch.no_grad()
 def for_generation(model, dtype="float32"):
     """Eval mode, and weights in one of FORMATS -> the model, which is changed in place."""
-    if dtype == "int8" and model.wte.weight.device.type != "cpu":
+    if dtype not in formats(next(model.parameters()).device.type):
         raise UserError("int8 weights are for CPUs; use bfloat16 or float32", status=2)
-    # It makes a plan for each length of the keys, and every token makes them longer.
+    # cuDNN's attention makes a plan for each length of the keys, and every token makes them longer.
     torch.backends.cuda.enable_cudnn_sdp(False)
     for name, module in list(model.named_modules()):
         # Of a width that is no multiple of its vectors' length torch's kernel for int8 reads past the end.
