@@ -21,7 +21,10 @@ def read_options(argv):
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("studies", nargs="+", type=Path, help="folders of studies, one a size")
     parser.add_argument("--out", type=Path, required=True, help="folder for ladder.md and ladder.svg")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if len(options.studies) < 2:
+        parser.error(f"{options.studies[0]} alone is no ladder; name studies of two sizes or more")
+    return options
 
 
 def sizes(studies):
@@ -31,9 +34,13 @@ def sizes(studies):
     for study in studies:
         if left := study.to_go():  # before that there are no verdicts
             raise UserError(f"{study.folder} has {left} or more runs to go; finish it first, or leave it out")
-        learned = [run for run in study.records if run.arm == study.baseline and study.records[run]["summary"]]
-        record = study.records[learned[0]]
-        found.append((record["config"]["parameters"]["non_embedding"], record["summary"]["tokens"], study.compare()))
+        whole = [r for run, r in study.records.items() if run.arm == study.baseline and r["summary"]]
+        if not whole:
+            raise UserError(
+                f"{study.folder}: every run of {study.baseline} diverged, so nothing can be compared with it"
+            )
+        parameters, tokens = whole[0]["config"]["parameters"]["non_embedding"], whole[0]["summary"]["tokens"]
+        found.append((parameters, tokens, study.compare()))
     pairs = Counter((row.arm, row.other) for _, _, rows in found for row in rows)
     found = [(*size, [row for row in rows if pairs[row.arm, row.other] > 1]) for *size, rows in found]
     return sorted(found, key=lambda size: size[0])

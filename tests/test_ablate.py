@@ -176,8 +176,14 @@ def test_the_ladder_puts_studies_in_the_order_of_their_size(grid):
     assert [row[0] for row in rows] == ["| 3,120", "| 12,480"] and rows[0][3] == rows[1][3] and "%" in rows[0][3]
     x = {mode: [losses()[f"{mode}-lr0.01-seed{seed}"] for seed in (1, 2)] for mode in (LINEAR, NONLINEAR)}
     assert f"{100 * (np.mean(x[NONLINEAR]) / np.mean(x[LINEAR]) - 1):+.2f} % [" in rows[0][3]
+    with pytest.raises(UserError, match="big alone is no ladder"):
+        ladder.main(["big", "--out=ladder"])
     bars = ladder.draw(ladder.sizes([runs.load(Path("big")), runs.load(Path("small"))]), Path("ladder")).axes[0]
     assert len(bars.containers) == 1  # the arms that diverged have no difference
+    lines = [{**line, "summary": None} for line in records("big").values()]
+    Path("big/runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match="big: every run of query_mode=linear.* diverged"):
+        ladder.main(["big", "small", "--out=ladder"])
 
 
 def test_what_a_study_needs_is_asked_for():
