@@ -48,38 +48,24 @@ def named_arms(d):
     }
 
 
-class PlanParser(Parser):
-    """A Parser for @PLAN: flags as in a shell, over several lines, with comments behind #."""
-
-    def convert_arg_line_to_args(self, line):
-        return shlex.split(line, comments=True)
-
-
 def read_options(argv):
     """Command line -> (Study, other options)."""
     form = argparse.RawDescriptionHelpFormatter
-    parser = PlanParser(description=__doc__, formatter_class=form, allow_abbrev=False, fromfile_prefix_chars="@")
+    parser = Parser(description=__doc__, formatter_class=form, allow_abbrev=False, fromfile_prefix_chars="@")
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)  # of @PLAN, as in a shell
     positive = checked(float, lambda x: 0 < x < 100, "is not between 0 and 100")
     parser.add_argument("config", help="config file of train.py that all runs start from")
     parser.add_argument("--arm", help=f"arms by name: {', '.join(named_arms(0))}")
-    parser.add_argument(
-        "--compare", help="A:B,C:D,...: the first is the primary comparison; default: all with the first"
-    )
-    parser.add_argument(
-        "--tune", metavar="SEEDS", default="1,2", help="default: 1,2; empty: all arms at one given rate"
-    )
-    parser.add_argument(
-        "--margin", type=positive, default=0.5, help="of equivalence, in percent of the loss; default: 0.5"
-    )
+    parser.add_argument("--compare", help="A:B,C:D,...: the first is the primary one; default: all with the first")
+    parser.add_argument("--tune", metavar="SEEDS", default="1,2", help="default: 1,2; empty: all arms at one rate")
+    parser.add_argument("--margin", type=positive, default=0.5, help="of equivalence, in percent; default: 0.5")
     parser.add_argument("--half-width", type=positive, help="of all intervals, in percent: six seeds measure, then two more "
                         "at a time until it is reached; default: all seeds of --seed measure")  # fmt: skip
     parser.add_argument("--spread", type=positive, default=0.5, help="expected standard deviation of a run's loss, "
                         "without what its seed does to all arms, in percent; default: 0.5")  # fmt: skip
     parser.add_argument("--devices", help="one run at a time on each: cuda:0,cuda:1 or cpu,cpu; default: one")
     parser.add_argument("--out", type=Path, help="the study's folder; default: study/results/NAME_OF_CONFIG")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="list the runs, what they cost and can find; run nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="list the runs, what they cost and can find")
     parser.add_argument("--speed", action="store_true", help="measure the arms' tokens/s in turns, for the report")
     options, rest = parser.parse_known_args(argv)
     words, flags = split_command(rest, KINDS)

@@ -36,9 +36,7 @@ def sizes(studies):
             raise UserError(f"{study.folder} has {left} or more runs to go; finish it first, or leave it out")
         whole = [r for run, r in study.records.items() if run.arm == study.baseline and r["summary"]]
         if not whole:
-            raise UserError(
-                f"{study.folder}: every run of {study.baseline} diverged, so nothing can be compared with it"
-            )
+            raise UserError(f"{study.folder}: every run of {study.baseline} diverged; leave this study out")
         parameters, tokens = whole[0]["config"]["parameters"]["non_embedding"], whole[0]["summary"]["tokens"]
         found.append((parameters, tokens, study.compare()))
     pairs = Counter((row.arm, row.other) for _, _, rows in found for row in rows)

@@ -141,29 +141,21 @@ class PerHeadNonlinearQuery(nn.Module):
         return per_head(x, self.n_head) + self.gains(per_head(self.nonlinear.f(x), self.n_head))
 
 
-class QKNormQuery(nn.Module):
-    """q = g N(q') of another query q', with a gain g for each head, and k normalised per head: QK-norm with gains."""
+def qk_normed(make):
+    """The class of q = g N(q') of another query q', with a gain g for each head, and k normalised per head: QK-norm with
+    gains."""
 
-    attention = KeyNormAttention
+    class QKNormQuery(nn.Module):
+        attention = KeyNormAttention
 
-    def __init__(self, config):
-        super().__init__()
-        self.n_head, self.inner, self.gains = config.n_head, self.make(config), HeadGains(config.n_head)
+        def __init__(self, config):
+            super().__init__()
+            self.n_head, self.inner, self.gains = config.n_head, make(config), HeadGains(config.n_head)
 
-    def forward(self, x):
-        return self.gains(per_head(self.inner(x), self.n_head))
+        def forward(self, x):
+            return self.gains(per_head(self.inner(x), self.n_head))
 
-
-class LinearQKNormQuery(QKNormQuery):
-    make = LinearQuery
-
-
-class IdentityQKNormQuery(QKNormQuery):
-    make = IdentityQuery
-
-
-class NonlinearQKNormQuery(QKNormQuery):
-    make = staticmethod(nonlinear)
+    return QKNormQuery
 
 
 # The parameters elsewhere: is the query special? These have no dropout, biases, or norms of their own.
@@ -228,9 +220,9 @@ CANDIDATES = {
     "temperature": TemperatureQuery,
     "swiglu": SwiGLUQuery,
     "nonlinear_per_head": PerHeadNonlinearQuery,
-    "linear_qk_gain": LinearQKNormQuery,
-    "identity_qk_gain": IdentityQKNormQuery,
-    "nonlinear_qk_gain": NonlinearQKNormQuery,
+    "linear_qk_gain": qk_normed(LinearQuery),
+    "identity_qk_gain": qk_normed(IdentityQuery),
+    "nonlinear_qk_gain": qk_normed(nonlinear),
     "identity_gated": IdentityGatedQuery,
     "nonlinear_key": LinearNonlinearKeyQuery,
     "nonlinear_value": LinearNonlinearValueQuery,

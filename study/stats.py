@@ -5,6 +5,7 @@ so arms are compared seed by seed, with the paired t test: what a seed does to a
 as another.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -100,7 +101,4 @@ def detectable(sd, n):
 
 def seeds_for(sd, width):
     """The seeds that make half_width at most so wide."""
-    n = 2
-    while half_width(sd, n) > width:
-        n += 1
-    return n
+    return next(n for n in itertools.count(2) if half_width(sd, n) <= width)

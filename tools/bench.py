@@ -14,7 +14,6 @@ import argparse
 import importlib.util
 import multiprocessing
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from statistics import median
 
 import numpy as np
 import torch
+from torch.utils.benchmark import Timer
 
 import train
 from model import GPT, QUERIES, GPTConfig
@@ -32,7 +32,7 @@ from tools.bench_data import bench_data, random_tokens, spread, timed
 from utils.checkpoint import RunFolder
 from utils.device import device_name, flops_per_token, peak_memory, resolve
 from utils.generation import FORMATS, best_format, for_generation, formats
-from utils.settings import Parser, UserError, run_program, short
+from utils.settings import Parser, UserError, checked, run_program, short
 
 SHAPES = {
     "tiny": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 32, "vocab_size": 65},  # to try this program
@@ -40,7 +40,6 @@ SHAPES = {
     "gpt3_small": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304},
 }
 PEER = "GPT2LMHeadModel"
-PAPER_TOKENS = 60_002 * 480 * 1024  # steps, sequences in each, tokens in each
 
 
 class Peer(torch.nn.Module):
@@ -96,14 +95,10 @@ def first_step(name, shape, settings):
 
 def matmul_flops(device, dtype):
     """Operations a second of large matrix products alone, over a second or more: a GPU slows down when it is warm."""
-    n, products = 16384 if device.startswith("cuda") else 2048, 0
+    n = 16384 if device.startswith("cuda") else 2048
     a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
-    (a @ a)[0, 0].item()  # warm-up
-    started = time.perf_counter()
-    while time.perf_counter() - started < 1:
-        (a @ a)[0, 0].item()  # waits for the device
-        products += 1
-    return products * 2 * n**3 / (time.perf_counter() - started)
+    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())  # its own default is one thread
+    return 2 * n**3 / timer.blocked_autorange(min_run_time=1).median
 
 
 def bench_train(names, shape, settings, options):
@@ -120,11 +115,6 @@ def bench_train(names, shape, settings, options):
         for name, take_steps in trainings.items():
             seconds[name].append(timed(take_steps, steps)[0] / steps)
     print_training(shape, settings, first, seconds, peaks)
-    if options.profile:
-        with torch.profiler.profile() as profiler:
-            trainings["nonlinear"](5)
-        kind = "device" if settings.device.startswith("cuda") else "cpu"
-        print(profiler.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=15))
 
 
 def print_training(shape, settings, first, seconds, peaks):
@@ -139,8 +129,6 @@ def print_training(shape, settings, first, seconds, peaks):
         share = median(rate * flops / peak for rate, peak in zip(rates, peaks))
         ratio = median(mine / linear for mine, linear in zip(seconds[name], seconds["linear"]))
         tail = f"{ratio:9.3f}x {share:9.0%} {first[name][0]:9.1f}s {short(first[name][1]):>6}B"
-        if shape == SHAPES["gpt3_small"]:
-            tail += f"; the paper's run in {PAPER_TOKENS / median(rates) / 3600:,.0f} hours"
         print(f"{name:15} {spread(rates):26} {tail}")
     arguments = (random_tokens(shape), "train", np.arange(sequences), 2**20, settings.device)
     waiting = median(timed(train.get_batch, *arguments)[0] for _ in range(50)) / median(seconds["linear"])
@@ -182,32 +170,29 @@ def read_options(argv):
     if argv[:1] == ["plan"]:
         return plan.read_options(argv[1:])
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    count = checked(int, lambda n: n >= 1, "is not 1 or above")
+    positive = checked(float, lambda x: x > 0, "is not above 0")
     parser.add_argument("what", choices=["train", "sample", "data", "gpu", "plan"])
     parser.add_argument("--shape", choices=SHAPES, help="of the model; default small, on a GPU gpt3_small")
     parser.add_argument("--peer", action="store_true", help="train, sample: compare with transformers' GPT-2")
-    parser.add_argument("--batch_size", type=int, help="train, sample: sequences at a time; default 8, 1")
-    parser.add_argument("--gradient_accumulation_steps", type=int, help="train: batches in a step; default 1, gpu 8")
+    parser.add_argument("--batch_size", type=count, help="train, sample: sequences at a time; default 8, 1")
+    parser.add_argument("--gradient_accumulation_steps", type=count, help="train: batches in a step; default 1, gpu 8")
     parser.add_argument("--device", help="train, sample: cpu, cuda, cuda:N or mps; default the first there is")
-    formats = sorted({"float16", *FORMATS})
-    parser.add_argument("--dtype", choices=formats, help="train, sample: default as train.py and sample.py")
+    kinds = sorted({"float16", *FORMATS})
+    parser.add_argument("--dtype", choices=kinds, help="train, sample: default as train.py and sample.py")
     parser.add_argument("--run", help="sample: only tell how much its formats change the validation loss of this run")
     parser.add_argument("--compile", choices=["true", "false"], help="train: default as train.py")
-    parser.add_argument("--profile", action="store_true", help="train: where the nonlinear steps' time goes")
-    parser.add_argument("--new_tokens", type=int, default=240, help="sample: length")
-    parser.add_argument("--seconds", type=float, default=1.0, help="train: about the length of a turn")
-    parser.add_argument("--megabytes", type=float, default=400, help="data: of text")
-    parser.add_argument("--repeats", type=int, help="turns; default 9, gpu 3")
+    parser.add_argument("--new_tokens", type=count, default=240, help="sample: length")
+    parser.add_argument("--seconds", type=positive, default=1.0, help="train: about the length of a turn")
+    parser.add_argument("--megabytes", type=positive, default=400, help="data: of text")
+    parser.add_argument("--repeats", type=count, help="turns; default 9, gpu 3")
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="gpu: folder of gpu.json and gpu.md")
     options = parser.parse_args(argv)
     gpu = options.what == "gpu"
-    defaults = {"batch_size": 8 if options.what == "train" else 1, "gradient_accumulation_steps": 8 if gpu else 1}
-    defaults |= {"repeats": 3 if gpu else 9, "shape": "gpt3_small" if gpu else "small"}
-    for name, default in defaults.items():
-        if getattr(options, name) is None:
-            setattr(options, name, default)
-    for name in ("batch_size", "gradient_accumulation_steps", "new_tokens", "seconds", "megabytes", "repeats"):
-        if getattr(options, name) <= 0:
-            parser.error(f"--{name}={getattr(options, name)} must be above 0")
+    options.shape = options.shape or ("gpt3_small" if gpu else "small")
+    options.repeats = options.repeats or (3 if gpu else 9)
+    options.batch_size = options.batch_size or (8 if options.what == "train" else 1)
+    options.gradient_accumulation_steps = options.gradient_accumulation_steps or (8 if gpu else 1)
     if options.what == "sample" and options.new_tokens >= SHAPES[options.shape]["block_size"]:
         parser.error(f"--new_tokens={options.new_tokens} is not below the shape's block_size")
     if options.what != "sample" and options.dtype == "int8":

@@ -22,7 +22,6 @@ from utils.tokenizers import GPT2Tokenizer
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS_IN_A_MEMBER = 390  # as in the corpus
-CORPUS_TOKENS = 9_040_017_095  # of the training and the validation split
 
 
 def timed(function, *arguments):
@@ -108,5 +107,5 @@ def bench_data(megabytes, repeats):
     print(f"against tiktoken             {spread([ours / theirs for ours, theirs in zip(rates, alone)])}")
     for cores in (2, 16):
         rate = median(rates) / threads * cores
-        projected = f"{clock(CORPUS_TOKENS / rate)} at {short(rate)} tokens/s (projected)"
+        projected = f"{clock(openwebtext.PUBLISHED['tokens'] / rate)} at {short(rate)} tokens/s (projected)"
         print(f"the whole corpus, {cores:2} cores   {projected}")

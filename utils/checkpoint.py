@@ -224,9 +224,7 @@ def start_wandb(settings, record):
 
         return wandb.init(project=settings.wandb_project, name=Path(settings.out_dir).name, config=record)
     except Exception as e:  # not installed, not logged in, no network
-        raise UserError(
-            f"wandb_log: {' '.join(str(e).split()):.200}; it needs pip install wandb, wandb login"
-        ) from None
+        raise UserError(f"wandb_log: {' '.join(str(e).split()):.200}; pip install wandb, and wandb login") from None
 
 
 def git_commit():

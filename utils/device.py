@@ -2,15 +2,12 @@
 
 import contextlib
 import dataclasses
-import functools
-import math
 import os
 import platform
 import re
 import shlex
 import signal
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -48,9 +45,7 @@ def pick_device(device=None, local_rank=0):
     number = number or str(0 if gpus == 1 else local_rank)  # a launcher may show each process its own GPU alone
     if kind not in there or not number.isdigit() or (kind == "cuda" and int(number) >= gpus):
         asked = device or f"cuda:{number}, of this process"
-        raise UserError(
-            f"device={asked} is not there; torch {torch.__version__} finds {', '.join(there)} ({gpus} GPUs)"
-        )
+        raise UserError(f"device={asked} is not there; torch {torch.__version__} has {', '.join(there)} ({gpus} GPUs)")
     return f"cuda:{number}" if kind == "cuda" else kind
 
 
@@ -58,23 +53,9 @@ def best_dtype(device):
     """The number format that is fastest there and trains well."""
     if device.startswith("cuda"):
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    return "bfloat16" if device == "cpu" and cpu_is_fast_in_bf16() else "float32"
-
-
-@functools.cache
-def cpu_is_fast_in_bf16():
-    """Whether the processor has instructions for products in bf16; one that has none emulates them, slower than float32."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 and newer can tell
-    if "amx_bf16" in capabilities:
-        return capabilities["amx_bf16"] or capabilities["avx512_bf16"]
-    seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
-    for _ in range(3):
-        for dtype in seconds:  # in turns, since other programs may run at the same time
-            a = torch.ones(256, 256, dtype=dtype)
-            started = time.perf_counter()
-            a @ a
-            seconds[dtype] = min(seconds[dtype], time.perf_counter() - started)
-    return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
+    # torch 2.10 and newer can tell; a processor without these instructions emulates them, slower than float32.
+    told = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}
+    return "bfloat16" if told.get("amx_bf16") or told.get("avx512_bf16") else "float32"
 
 
 def autocast(settings):

@@ -47,7 +47,8 @@ def run_program(main):
             e = UserError("out of memory: do less at a time (--num_samples, --batch_size), or a smaller model")
         if not isinstance(e, (UserError, OSError)):
             raise
-        leave(tell(e))
+        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr, flush=True)
+        leave(getattr(e, "status", 1))
 
 
 def leave(status):
@@ -60,12 +61,6 @@ def leave(status):
         sys.stdout.flush()
         os._exit(status or 0)
     sys.exit(status)
-
-
-def tell(error):
-    """Print a mistake in one line -> the exit status."""
-    print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
-    return getattr(error, "status", 1)
 
 
 def out_of_memory(e):

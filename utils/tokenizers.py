@@ -57,9 +57,7 @@ class GPT2Tokenizer(Tokenizer):
         try:
             self.bpe = tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as e:  # requests' exceptions are OSErrors
-            hint = (
-                "set TIKTOKEN_CACHE_DIR to a folder that holds it, or use char or byte tokens, which need no download"
-            )
+            hint = "set TIKTOKEN_CACHE_DIR to a folder that holds it, or use char or byte tokens"
             raise UserError(f"no GPT-2 vocabulary ({type(e).__name__}: {str(e)[:150]}); {hint}") from e
         super().__init__([self.bpe.decode_single_token_bytes(i) for i in range(50256)], has_eot, "gpt2")
         # Before 0.11, encode_to_numpy takes a text that reads like a special token for one, or is not there.

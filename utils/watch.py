@@ -31,9 +31,7 @@ def largest_attention_logit(model, idx, settings):
 def check_loss_scale(scaler):
     """float16 alone: a scale that halves and halves means that every step overflows, and is skipped."""
     if scaler.is_enabled() and scaler.get_scale() < 1:
-        reason = (
-            f"float16: the loss scale fell to {scaler.get_scale():g}, since the gradients of step after step overflow"
-        )
+        reason = f"float16: the loss scale fell to {scaler.get_scale():g}, since the gradients of all steps overflow"
         raise UserError(f"{reason}; use --dtype=bfloat16 or float32, or a lower learning_rate")
 
 
