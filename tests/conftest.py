@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import prepare_data
+import sample
 import train
 from model import GPT, QUERIES
 
@@ -81,8 +82,8 @@ def gpt2_vocabulary(monkeypatch):
 def start(program, *arguments, environment=None, **options):
     """Start a program, of the project or in the current folder -> Popen with its text output."""
     path = ROOT / program if (ROOT / program).exists() else program
-    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1", **(environment or {})}
-    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8", "env": environment}
+    own = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1", **(environment or {})}
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8", "env": os.environ | own}
     return subprocess.Popen([sys.executable, path, *map(str, arguments)], **options)
 
 
@@ -100,6 +101,13 @@ def prepare_tiny(text=TEXT):
     """data/tiny: some thousand characters."""
     Path("tiny.txt").write_text(text, encoding="utf-8")
     prepare_data.main(["text", "--name=tiny", "--input", "tiny.txt", "--tokenizer=char"])
+
+
+def printed(capsys, *arguments):
+    """What sample.py prints."""
+    capsys.readouterr()
+    assert sample.main(list(arguments)) == 0
+    return capsys.readouterr().out
 
 
 def parameter_report(config):

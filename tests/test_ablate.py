@@ -11,11 +11,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT, files, prepare_tiny, start
+from conftest import ROOT, files, prepare_tiny, run, start
 
 import train
-from model import GPT, GPTConfig
 from utils.settings import UserError
 
 pytest.importorskip("scipy", reason="a study needs scipy")
@@ -23,7 +21,6 @@ pytest.importorskip("matplotlib", reason="a study needs matplotlib")
 
 from study import ablate, ladder, report, runs  # noqa: E402
 from study.plan import Run, Study  # noqa: E402
-from study.queries import register  # noqa: E402
 
 # Four arms, of which two diverge, with two seeds at one rate.
 GRID = ["tiny.py", "--query_mode=linear,nonlinear", "--weight_decay=0.1,1e30", "--learning_rate=1e-2", "--tune="]
@@ -35,11 +32,6 @@ n_layer, n_head, n_embd, block_size = 1, 2, 16, 16
 batch_size, gradient_accumulation_steps, max_iters, warmup_iters = 2, 1, 12, 2
 eval_interval, eval_tokens, log_interval = 4, 200, 3
 """
-
-
-def start_grid(*arguments, **options):
-    """study.ablate as a process in the current folder."""
-    return start("-m", "study.ablate", *arguments, environment={"PYTHONPATH": str(ROOT)}, **options)
 
 
 def write_tiny(seed=0):
@@ -68,9 +60,9 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         write_tiny()
-    process = start_grid(*GRID, cwd=folder)
-    output, errors = process.communicate(timeout=170)
-    assert process.returncode == 0 and not errors and len(output.splitlines()) >= 9 and "; 0 to go" in output, output
+    done = run("-m", "study.ablate", *GRID, cwd=folder)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert len(done.stdout.splitlines()) >= 9 and "; 0 to go" in done.stdout
     return folder
 
 
@@ -120,23 +112,16 @@ def test_the_same_command_runs_nothing_again_and_a_dry_run_measures_only(grid, c
     # d = 16, r = 8: 2 * 16 * 8 weights and two gains of 16 against 16 * 16 weights
     assert all(f"{256 if '=linear' in line else 288:11,}" in line for line in lines[1:13])
     assert re.fullmatch(r"at least 4 to go, \d+:\d\d, \d+:\d\d each, 2 at a time", lines[13])
-    assert re.fullmatch(
-        r"3 seeds give intervals of ± \d+.\d\d %, and find a difference of .* in 4 of 5 studies", lines[15]
-    )
+    words = r"3 seeds give intervals of ± \d+.\d\d %, and find a difference of .* in 4 of 5 studies"
+    assert re.fullmatch(words, lines[15])
 
 
 def test_a_plan_is_read_from_a_file_and_stands_once_it_is_measured(grid):
     """Arms and comparisons can be added, and the report tells which."""
     Path("plan.txt").write_text(" ".join(GRID[:-1]) + "  # a comment\n\n# another\n--out=r\n")
     assert ablate.main(["@plan.txt"]) == 0
-    for change in (
-        "--margin=0.3",
-        "--spread=1",
-        "--half-width=1",
-        f"--compare={NONLINEAR}:{LINEAR}",
-        "--seed=1",
-        "--seed=3,4",
-    ):
+    compare = f"--compare={NONLINEAR}:{LINEAR}"
+    for change in ("--margin=0.3", "--spread=1", "--half-width=1", compare, "--seed=1", "--seed=3,4"):
         with pytest.raises(UserError, match="a plan stands once runs that measure are known"):
             ablate.main(["@plan.txt", change])
     assert "Added when" not in Path("r/report.md").read_text()
@@ -144,11 +129,11 @@ def test_a_plan_is_read_from_a_file_and_stands_once_it_is_measured(grid):
 
 def test_an_arm_can_be_added_later(grid):
     study = runs.load(Path("r"))
-    before, pairs = dict(study.records), len(study.comparisons)
+    pairs = len(study.comparisons)
     assert f"\n| {NONLINEAR} against {LINEAR} | " in Path("r/report.md").read_text()
     study.arms["new"] = {"query_mode": "identity"}
     study.comparisons.append(["new", LINEAR])
-    assert {run.arm for run in study.runs() if run not in study.records} == {"new"} and study.records == before
+    assert {run.arm for run in study.runs() if run not in study.records} == {"new"}
     runs.write_plan(study, "command")
     report.write(study, "command")
     with pytest.raises(UserError, match="r has 2 or more runs to go"):
@@ -187,9 +172,8 @@ def test_the_ladder_puts_studies_in_the_order_of_their_size(grid):
 
 
 def test_what_a_study_needs_is_asked_for():
-    code = "import sys; sys.modules['scipy'] = None; import study.ablate"
-    process = start("-c", code, environment={"PYTHONPATH": str(ROOT)})
-    assert process.communicate(timeout=60)[1].count("\n") == 1 and process.returncode == 1
+    done = run("-c", "import sys; sys.modules['scipy'] = None; import study.ablate")
+    assert done.stderr.count("\n") == 1 and done.returncode == 1
 
 
 def test_the_speed_of_each_arm_is_measured_apart(grid, monkeypatch, capsys):
@@ -228,9 +212,8 @@ def train_run(arm, seed, *flags, folder="r"):
 
 def test_a_run_under_way_with_other_settings_is_refused(grid):
     train_run(LINEAR, 1, "--max_iters=8", folder="new")
-    with pytest.raises(
-        UserError, match=f"new/{re.escape(LINEAR)}-lr0.01-seed1: .*max_iters was 8, now is 12; choose another --out"
-    ):
+    words = f"new/{re.escape(LINEAR)}-lr0.01-seed1: .*max_iters was 8, now is 12; choose another --out"
+    with pytest.raises(UserError, match=words):
         ablate.main([*GRID[:-1], "--out=new"])
 
 
@@ -251,10 +234,8 @@ def leave_only(*names):
 @pytest.mark.slow
 def test_a_grid_that_was_killed_anywhere_ends_as_if_it_had_not_been(grid):
     undisturbed = losses()
-    leave_only(
-        f"{LINEAR}-lr0.01-seed1",
-        *(name for name in records() if "1e+30" in name and "linear+weight_decay=1e+30-lr0.01-seed1" not in name),
-    )
+    left = [name for name in records() if "1e+30" in name and "linear+weight_decay=1e+30-lr0.01-seed1" not in name]
+    leave_only(f"{LINEAR}-lr0.01-seed1", *left)
     train_run(LINEAR, 1)  # killed after its record was written and before its folder was deleted
     train_run(LINEAR, 2)  # killed before its record was written
     middle = train_run(NONLINEAR, 1, "--max_iters=8", "--lr_decay_iters=12")  # killed at step 8
@@ -265,9 +246,8 @@ def test_a_grid_that_was_killed_anywhere_ends_as_if_it_had_not_been(grid):
     early.mkdir()
     (early / "config.json").write_text(config.replace('"seed": 1', '"seed": 2'))
     Path("r/.runs.jsonl.tmp").write_text("{")  # killed while it wrote a record
-    process = start_grid(*GRID)
-    output, errors = process.communicate(timeout=170)
-    assert process.returncode == 0 and output.count("val loss") == 3, output + errors
+    done = run("-m", "study.ablate", *GRID)
+    assert done.returncode == 0 and done.stdout.count("val loss") == 3, done.stdout + done.stderr
     assert losses() == pytest.approx(undisturbed, rel=1e-6) and len(records()) == 8  # threads change the rounding
     assert files("r").keys() <= LEFT
     assert records()[f"{NONLINEAR}-lr0.01-seed1"]["config"]["resumed"][0]["at_step"] == 8
@@ -279,12 +259,11 @@ def test_a_run_that_fails_stops_the_grid_with_its_last_words(grid):
         folder = train_run(LINEAR, seed)
         (folder / "summary.json").unlink()
         (folder / "ckpt.pt").write_bytes(b"garbage")
-    process = start_grid(*GRID)
-    (line,) = process.communicate(timeout=170)[1].splitlines()
-    assert re.match(
-        rf"ablate.py: ({re.escape(LINEAR)}-lr0.01-seed[12]): .*r/\1/ckpt.pt cannot be read.* \(r/\1/log.txt tells", line
-    )
-    assert process.returncode == 1 and "cannot be read" in Path(f"r/{LINEAR}-lr0.01-seed1/log.txt").read_text()
+    done = run("-m", "study.ablate", *GRID)
+    (line,) = done.stderr.splitlines()
+    words = rf"ablate.py: ({re.escape(LINEAR)}-lr0.01-seed[12]): .*r/\1/ckpt.pt cannot be read.* \(r/\1/log.txt tells"
+    assert re.match(words, line)
+    assert done.returncode == 1 and "cannot be read" in Path(f"r/{LINEAR}-lr0.01-seed1/log.txt").read_text()
 
 
 @pytest.mark.slow
@@ -292,7 +271,8 @@ def test_a_run_that_fails_stops_the_grid_with_its_last_words(grid):
 def test_a_grid_that_is_killed_goes_on_where_it_was(number):
     write_tiny()
     longer = ["--max_iters=400", "--lr_decay_iters=400", "--eval_interval=50"]
-    process, second = start_grid(*GRID, *longer), Path(f"r/{LINEAR}-lr0.01-seed2/ckpt.pt")  # seed 1 beside it
+    second = Path(f"r/{LINEAR}-lr0.01-seed2/ckpt.pt")  # seed 1 beside it
+    process = start("-m", "study.ablate", *GRID, *longer)
     while not second.exists():
         assert process.poll() is None
         time.sleep(0.02)
@@ -300,8 +280,7 @@ def test_a_grid_that_is_killed_goes_on_where_it_was(number):
     process.communicate(timeout=60)
     assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 128 + signal.SIGTERM)
     before = records() if Path("r/runs.jsonl").exists() else {}
-    again = start_grid(*GRID, *longer)
-    again.communicate(timeout=170)
+    again = run("-m", "study.ablate", *GRID, *longer)
     assert again.returncode == 0 and len(before) < 8 and len(records()) == 8 and len(losses()) == 4
     assert files("r").keys() <= LEFT and all(records()[name] == before[name] for name in before)
     assert records()[f"{LINEAR}-lr0.01-seed2"]["config"]["resumed"][0]["at_step"] >= 50
@@ -324,19 +303,6 @@ def test_a_device_waits_for_what_only_others_can_tell(devices, monkeypatch):
     monkeypatch.setattr(runs, "start", lambda *_: SimpleNamespace(poll=lambda: 0, returncode=0))
     monkeypatch.setattr(runs, "end", end)
     assert runs.go(study) == 0 and study.to_go() == 0 and set(study.records) == set(study.runs())
-
-
-def test_the_matched_linear_query_starts_as_large_as_the_nonlinear_one():
-    config = dict(block_size=8, vocab_size=8, n_layer=1, n_head=2, n_embd=256)
-    x = torch.nn.functional.layer_norm(torch.randn(4, 8, 256, generator=torch.Generator().manual_seed(0)), (256,))
-    sizes = {}
-    register()
-    for mode in ("linear", "linear_matched", "nonlinear"):
-        model = GPT(GPTConfig(query_mode=mode, **config))
-        sizes[mode] = model.blocks[0].attn.query(x).std().item()
-    assert sizes["linear"] == pytest.approx(0.02 * 16, rel=0.03)
-    assert sizes["linear_matched"] == pytest.approx(0.5**0.5, rel=0.03)
-    assert sizes["nonlinear"] == pytest.approx(sizes["linear_matched"], rel=0.03)
 
 
 # What is published.

@@ -15,7 +15,7 @@ from conftest import ROOT
 from model import GPT, QUERIES, GPTConfig
 from tools import bench, plan, runbook
 from utils.device import autocast, resolve
-from utils.settings import UserError, read_command
+from utils.settings import UserError
 
 HAS_PEER = importlib.util.find_spec("transformers") is not None
 PEER = ["--peer"] if HAS_PEER else []
@@ -29,11 +29,11 @@ def lines_of(output):
 
 def test_train_measures_every_model(capsys):
     arguments = ["--device=cpu", "--batch_size=2", "--gradient_accumulation_steps=2", "--seconds=0.01", "--repeats=1"]
-    bench.main(["train", "--shape=tiny", *arguments, "--profile", *PEER])
+    bench.main(["train", "--shape=tiny", *arguments, *PEER])
     output = capsys.readouterr().out
     lines = lines_of(output)
     assert lines.keys() >= MODELS and "1.000x" in lines["linear"] and "4 sequences a step" in output
-    assert "the data take" in output and "aten::mm" in output  # the latter from the profile
+    assert "the data take" in output
 
 
 def test_sample_measures_every_model(capsys):
@@ -82,25 +82,7 @@ def test_the_runbook_stops_where_the_gradients_are_wrong_and_at_no_other_failure
 
 
 # ---------------------------------------------------------------------------------------------------
-# The larger recipes, and what a plan says of them.
-
-GPT3 = {"small": (12, 768, 12, 6e-4), "medium": (24, 1024, 16, 3e-4), "large": (24, 1536, 16, 2.5e-4)}  # its table 2.1
-
-
-@pytest.mark.parametrize("size", GPT3)
-@pytest.mark.parametrize("prefix", ["", "nlq_"])
-def test_the_recipes_are_those_of_gpt3(size, prefix):
-    n_layer, d, n_head, rate = GPT3[size]
-    settings, config = read_command([f"{ROOT}/config/{prefix}gpt3_{size}.py"], train.Settings, GPTConfig)
-    assert (config.n_layer, config.n_embd, config.n_head, config.block_size) == (n_layer, d, n_head, 1024)
-    assert prefix or (settings.learning_rate, settings.min_lr) == (rate, pytest.approx(rate / 10))
-    assert settings.batch_size * settings.gradient_accumulation_steps * 1024 == pytest.approx(0.5e6, rel=0.02)
-    assert settings.max_iters == 60_002 and config.query_mode == ("nonlinear" if prefix else "linear")
-    with torch.device("meta"):
-        count = sum(p.numel() for p in GPT(config).parameters())
-    # Tokens and positions; a query, key and value, output, MLP of 4 d, and the gains of two norms, four if nonlinear.
-    blocks = n_layer * (d * d + 2 * d * d + d * d + 8 * d * d + (4 if prefix else 2) * d)
-    assert count == (50304 + 1024) * d + blocks + d
+# What a plan says of a recipe.
 
 
 def test_a_plan_says_what_a_recipe_takes(monkeypatch, capsys):

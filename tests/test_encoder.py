@@ -15,7 +15,7 @@ import torch
 
 import sample
 import train
-from conftest import checkpoint, metrics, train_on
+from conftest import checkpoint, metrics, printed, train_on
 from model import GPT, GPTConfig
 from prepare_data import Dataset
 from tools import bench
@@ -164,14 +164,8 @@ def a_reader():
     return train_on("abc", "abc_xyz\n" * 400, recipe)
 
 
-def filled(capsys, *arguments):
-    capsys.readouterr()
-    assert sample.main(list(arguments)) == 0
-    return capsys.readouterr().out.split("\n")
-
-
 def test_holes_are_filled_from_both_sides(a_reader, capsys):
-    text, *lines, end = filled(capsys, a_reader, "--prompt=_bc_x__")  # nothing is before the first
+    text, *lines, end = printed(capsys, a_reader, "--prompt=_bc_x__").split("\n")  # nothing is before the first
     assert text == "abc_xyz" and end == ""
     assert [line.split("'")[:2] for line in lines] == [[f"hole  {n}  ", c] for n, c in enumerate("a_yz", 1)]
     for line in lines:  # the likeliest first, as many as there is room for
@@ -180,7 +174,7 @@ def test_holes_are_filled_from_both_sides(a_reader, capsys):
         assert len(line) <= 80
     # Where there is a <mask>, an underscore is text.
     Path("p.txt").write_text("<mask>bc_xy<mask>\n")
-    assert filled(capsys, a_reader, "--prompt=FILE:p.txt")[:2] == ["abc_xyz", ""]
+    assert printed(capsys, a_reader, "--prompt=FILE:p.txt").split("\n")[:2] == ["abc_xyz", ""]
 
 
 def test_what_is_printed_of_a_hole_fits_a_terminal(capsys):

@@ -12,7 +12,7 @@ import torch
 
 import train
 from utils.settings import UserError
-from conftest import ROOT, assert_same, assert_same_run, checkpoint, run, start
+from conftest import assert_same, assert_same_run, checkpoint, run, start
 from utils.checkpoint import RunFolder, reading
 
 LONG = ["--max_iters=100000", "--eval_interval=50000", "--eval_tokens=16"]
@@ -27,7 +27,6 @@ def slow(test):
 # Each start is a fork of one process that has torch loaded and in use, so that twenty take seconds.
 KILLER = """
 import os, random, signal, sys, time
-sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
 import train
@@ -54,7 +53,7 @@ while killed < 20 or not os.path.exists("out/killed/ckpt.pt"):
 def test_killed_twenty_times_it_ends_as_if_it_had_not_been(objective, tiny_config):
     flags = ["--max_iters=100000", "--eval_interval=10", "--eval_tokens=64", "--log_interval=5", "--dropout=0.2"]
     flags.append(f"--objective={objective}")
-    Path("killer.py").write_text(KILLER.format(root=str(ROOT), flags=flags))
+    Path("killer.py").write_text(KILLER.format(flags=flags))
     done = run("killer.py")
     assert done.returncode == 0, done.stderr
     reached = RunFolder("out/killed").load("ckpt.pt")["state"]["step"]
@@ -161,7 +160,6 @@ def test_two_runs_in_one_folder_at_once_are_refused(tiny_config):
 
 RANK = """
 import os, sys
-sys.path.insert(0, {root!r})
 import train
 from utils import settings
 
@@ -181,7 +179,7 @@ settings.run_program(train.main)
 @pytest.fixture
 def two_ranks(tiny_config):
     """A function that starts a run of two ranks and waits until it has done two steps."""
-    Path("rank.py").write_text(RANK.format(root=str(ROOT)))
+    Path("rank.py").write_text(RANK)
     ranks = []
 
     def start_both(*flags):

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import prepare_data
+import train
 from conftest import files, prepare_tiny
 from utils.settings import run_program
 
@@ -43,12 +45,9 @@ class Malicious:
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory):
     """A folder with a data set, a finished run, and things that are broken in one way each."""
-    folder, here = tmp_path_factory.mktemp("scene"), os.getcwd()
-    os.chdir(folder)
-    try:
-        import prepare_data
-        import train
-
+    folder = tmp_path_factory.mktemp("scene")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
         prepare_tiny()
         tiny = "dataset = 'tiny'\ndevice = 'cpu'\nn_layer, n_head, n_embd, block_size = 1, 2, 8, 16\n"
         tiny += "batch_size, gradient_accumulation_steps, max_iters, warmup_iters, eval_tokens = 2, 1, 2, 1, 50\n"
@@ -84,8 +83,6 @@ def scene(tmp_path_factory):
         torch.save({"weights": torch.ones(3)}, "foreign.pt")
         Path("executes.pt").write_bytes(pickle.dumps(Malicious()))
         Path("long.txt").write_text("1 plus 1 is 2.\n" * 5)
-    finally:
-        os.chdir(here)
     return folder
 
 
@@ -149,10 +146,7 @@ MISTAKES = [
     ("train", "tiny.py --dataset=short", FAILURE, "data/short/train.bin holds"),
     ("train", "tiny.py --dataset=short_val", FAILURE, "val.bin holds 50 tokens, but meta.json says"),
     *[("train", f"tiny.py --dataset={name}", FAILURE, f"data/{name}") for name in (*META, "uint64")],
-    *[
-        ("train", f"tiny.py --dataset={name}", FAILURE, f"data/{name} is damaged")
-        for name in ("bare", "no_val", "empty")
-    ],
+    *[("train", f"tiny.py --dataset={n}", FAILURE, f"data/{n} is damaged") for n in ("bare", "no_val", "empty")],
     ("train", "tiny.py --block_size=100000", FAILURE, "too few for block_size=100000"),
     # runs, machines
     ("train", "tiny.py --out_dir=out/good", FAILURE, "out/good holds a run: --resume it"),
@@ -164,10 +158,7 @@ MISTAKES = [
     ("train", "tiny.py --resume --out_dir=out/foreign", FAILURE, "config.json cannot be read as one of a run"),
     *[("train", f"tiny.py --resume --out_dir=out/{name}", FAILURE, "config.json cannot be read") for name in META],
     pytest.param("train", "tiny.py --device=cuda", FAILURE, "device=cuda is not there", marks=no_cuda),
-    *[
-        ("train", f"tiny.py {flag}", FAILURE, f"{flag[2:]} is not there")
-        for flag in ("--device=cuda:99", "--device=tpu")
-    ],
+    *[("train", f"tiny.py --device={name}", FAILURE, f"device={name} is not there") for name in ("cuda:99", "tpu")],
     ("train", "tiny.py --wandb_log", FAILURE, "pip install wandb"),
     pytest.param("train", "tiny.py --out_dir=/nlqgpt", FAILURE, "/nlqgpt", marks=no_root),
     # sample.py
@@ -251,7 +242,7 @@ MISTAKES = [
     # bench.py
     ("bench", "", USAGE, "what"),
     ("bench", "inference", USAGE, "inference"),
-    ("bench", "train --batch_size=0", USAGE, "--batch_size=0"),
+    ("bench", "train --batch_size=0", USAGE, "--batch_size: '0'"),
     ("bench", "train --device=tpu", FAILURE, "device=tpu is not there"),
 ]
 

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import requests
 import tiktoken
-from conftest import ROOT, run, start
+from conftest import run, start
 
 import prepare_data
 from utils import download, openwebtext
@@ -202,7 +202,6 @@ PROGRAM = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 import sys, time
-sys.path.insert(0, {root!r})
 sys.modules["tqdm"] = None  # as if it was not installed
 import prepare_data
 from utils import openwebtext, settings
@@ -223,7 +222,7 @@ before("read_documents", lambda: time.sleep(0.05))
 
 def start_changed(hub, changes):
     """The program as a process of its own, with changes in it."""
-    Path("changed.py").write_text(PROGRAM.format(root=str(ROOT), changes=changes))
+    Path("changed.py").write_text(PROGRAM.format(changes=changes))
     return start("changed.py", "openwebtext", "--shards=3-5", f"--mirror={hub.url}")
 
 

@@ -13,7 +13,6 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -249,9 +248,8 @@ def test_the_two_layers_are_those_of_the_model_wherever_the_slider_is(page):
         same(result["logits"], run(gpt(own, on, "identity"), idx, on)[0])  # at the end no query has a weight
     on = {"skips": True, "norms": False, "tied": False, "shared": True}
     weights, before, _ = found[1][CASES.index(on)]
-    identity = gpt(
-        {**weights, "layers": [{**layer, "W_Q": torch.eye(4)} for layer in weights["layers"]]}, on, "identity"
-    )
+    ones = [{**layer, "W_Q": torch.eye(4)} for layer in weights["layers"]]
+    identity = gpt({**weights, "layers": ones}, on, "identity")
     redundancy.absorb(gpt(weights, on), identity)
     same(before["logits"], run(identity, idx, on)[0])
 
@@ -364,12 +362,10 @@ def test_runs_that_failed_are_hollow_and_in_the_picture(browser):
     hollow = browser.js(f"{dots}.map((dot) => dot.getAttribute('fill') === 'var(--card)')")
     assert hollow == [run[4] for run in runs]
     places = browser.js(f"{dots}.map((dot) => [dot.cx.baseVal.value, dot.cy.baseVal.value])")
-    width, height = browser.js(
-        "(({clientWidth, clientHeight}) => [clientWidth, clientHeight])(document.getElementById('rates'))"
-    )
-    assert len(set(map(tuple, places))) == len(runs) and all(
-        5 < x < width - 5 and 5 < y < height - 5 for x, y in places
-    )
+    size = "(({clientWidth, clientHeight}) => [clientWidth, clientHeight])(document.getElementById('rates'))"
+    width, height = browser.js(size)
+    assert len(set(map(tuple, places))) == len(runs)
+    assert all(5 < x < width - 5 and 5 < y < height - 5 for x, y in places)
     assert texts(browser, "#told")[0].startswith("2 of the 5 runs never learned; ")
     assert texts(browser, "#table tbody tr")[-2:] == ["a_new_one0.0161diverged", "a_new_one0.01622.1, never learned"]
 
@@ -382,26 +378,18 @@ def block_of(text):
     return re.fullmatch(r'(.*<script type="application/json" id="runs">\n)(.*?)(</script>.*)', text, re.S).groups()
 
 
-def runs_block(source, note, steps, ngrams):
-    """What the page holds of a study: its runs of that many steps, and whether they failed. The folder's own counts of
-    n-grams come before the given ones."""
-    from study.plan import Run, Study  # needs scipy
+def runs_block(source, note):
+    """What the page holds of a study: its runs, and whether they failed."""
+    from study import runs  # needs scipy
 
-    folder = ROOT / source
-    lines = [json.loads(line) for line in (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
-    lines = [line for line in lines if line["config"]["settings"]["max_iters"] == steps]
-    if (folder / "ngrams.json").exists():
-        ngrams = json.loads((folder / "ngrams.json").read_text(encoding="utf-8"))
-    arms = list(QUERIES)
-    if (folder / "study.json").exists():
-        arms = list(json.loads((folder / "study.json").read_text(encoding="utf-8"))["arms"])
-    records = {Run(line["arm"], line["learning_rate"], line["seed"]): line for line in lines if line["arm"] in arms}
-    study = SimpleNamespace(records=records, ngrams={int(n): loss for n, loss in ngrams.items()})
-    rows = []
-    for run in sorted(records, key=lambda run: (arms.index(run.arm), run.learning_rate, run.seed)):
-        summary = records[run]["summary"]
-        rows.append([*run, summary and round(summary["final_val_loss"], 4), bool(Study.failure(study, run))])
-    head = {"source": source, "steps": steps, "note": note, "ngrams": {n: round(x, 4) for n, x in ngrams.items()}}
+    study, rows = runs.load(ROOT / source), []
+    arms = list(study.arms)
+    for run in sorted(study.records, key=lambda run: (arms.index(run.arm), run.learning_rate, run.seed)):
+        summary = study.records[run]["summary"]
+        rows.append([*run, summary and round(summary["final_val_loss"], 4), bool(study.failure(run))])
+    (steps,) = {record["config"]["settings"]["max_iters"] for record in study.records.values()}
+    ngrams = {n: round(loss, 4) for n, loss in study.ngrams.items()}
+    head = {"source": source, "steps": steps, "note": note, "ngrams": ngrams}
     return json.dumps(head)[:-1] + ', "runs": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]}\n"
 
 
@@ -409,11 +397,9 @@ def test_the_runs_are_those_of_the_records():
     pytest.importorskip("scipy", reason="a study needs scipy")
     text = block_of(read())[1]
     told = json.loads(text)
-    assert told["runs"] and text == runs_block(*(told[key] for key in ("source", "note", "steps", "ngrams")))
+    assert told["runs"] and text == runs_block(told["source"], told["note"])
 
 
 if __name__ == "__main__":
-    before, old, after = block_of(read())
-    folder, note = sys.argv[1:]
-    old = json.loads(old)
-    PAGE.write_text(before + runs_block(folder, note, old["steps"], old["ngrams"]) + after, encoding="utf-8")
+    before, _, after = block_of(read())
+    PAGE.write_text(before + runs_block(*sys.argv[1:]) + after, encoding="utf-8")

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import sample
-import train
-from conftest import run, train_on
+from conftest import printed, run, train_on
 from model import GPT, GPTConfig
 from utils.checkpoint import RunFolder
 from utils.generation import Int8Linear, for_generation
@@ -16,20 +15,8 @@ from utils.settings import UserError
 from utils.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer
 
 
-@pytest.fixture
-def a_run(tiny_config):
-    train.main([tiny_config])
-    return "out/tiny"
-
-
-def printed(capsys, *arguments):
-    capsys.readouterr()
-    assert sample.main(list(arguments)) == 0
-    return capsys.readouterr().out
-
-
-def test_it_prints_what_the_model_generates(a_run, capsys):
-    model, spec = sample.load_model(a_run, "cpu")
+def test_it_prints_what_the_model_generates(whole_run, capsys):
+    model, spec = sample.load_model(whole_run, "cpu")
     tokenizer = load_tokenizer(spec)
     prompt = torch.tensor([tokenizer.encode(b"7 plus ").tolist()])
     generator = torch.Generator().manual_seed(5)
@@ -38,28 +25,28 @@ def test_it_prints_what_the_model_generates(a_run, capsys):
     expected = ("\n" + "-" * 79 + "\n").join(tokenizer.decode(row).decode() for row in rows) + "\n"
     options = ["--num_samples=2", "--max_new_tokens=40", "--temperature=0.7", "--top_k=8", "--seed=5", "--device=cpu"]
     options.insert(0, "--dtype=float32")
-    assert printed(capsys, a_run, "--prompt=7 plus ", *options) == expected
+    assert printed(capsys, whole_run, "--prompt=7 plus ", *options) == expected
     Path("p.txt").write_text("7 plus ")
-    assert printed(capsys, a_run, "--prompt=FILE:p.txt", *options) == expected
-    assert printed(capsys, a_run, "--prompt=7 plus ", *options[:-2], "--seed=6") != expected
+    assert printed(capsys, whole_run, "--prompt=FILE:p.txt", *options) == expected
+    assert printed(capsys, whole_run, "--prompt=7 plus ", *options[:-2], "--seed=6") != expected
 
 
-def test_the_best_model_is_used_or_the_last(a_run):
-    folder = RunFolder(a_run)
+def test_the_best_model_is_used_or_the_last(whole_run):
+    folder = RunFolder(whole_run)
     checkpoint = folder.load("best.pt")
     checkpoint["model"]["ln_f.weight"].fill_(7)
     folder.save("best.pt", checkpoint)
-    best, _ = sample.load_model(a_run, "cpu")
+    best, _ = sample.load_model(whole_run, "cpu")
     assert not best.training and (best.ln_f.weight == 7).all()
-    Path(a_run, "best.pt").unlink()
-    assert (sample.load_model(a_run, "cpu")[0].ln_f.weight != 7).all()
-    Path(a_run, "best.pt").write_bytes(b"not a checkpoint")
-    done = run("sample.py", a_run)
+    Path(whole_run, "best.pt").unlink()
+    assert (sample.load_model(whole_run, "cpu")[0].ln_f.weight != 7).all()
+    Path(whole_run, "best.pt").write_bytes(b"not a checkpoint")
+    done = run("sample.py", whole_run)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert done.stderr.startswith("sample.py: ") and "best.pt" in done.stderr
 
 
-def test_bytes_that_make_up_a_character_are_printed_together(tiny_data, capsys):
+def test_bytes_that_make_up_a_character_are_printed_together(capsys):
     recipe = (
         "n_layer, n_head, n_embd, block_size, batch_size, gradient_accumulation_steps = 1, 2, 32, 32, 8, 1\n"
         "max_iters, warmup_iters, learning_rate, lr_schedule = 150, 5, 1e-2, 'linear'\n"
@@ -87,9 +74,8 @@ def test_smaller_weights_change_the_logits_as_little_as_their_rounding_does(dtyp
     torch.manual_seed(0)
     exact = GPT(GPTConfig(16, 50, 2, 2, 64, bias=bias)).eval()
     small = for_generation(copy.deepcopy(exact), dtype)
-    assert dtype == "bfloat16" or all(
-        type(small.get_submodule(n)) is Int8Linear for n in ("lm_head", "blocks.0.mlp.c_fc")
-    )
+    layers = [small.get_submodule(name) for name in ("lm_head", "blocks.0.mlp.c_fc")]
+    assert dtype == "bfloat16" or all(type(layer) is Int8Linear for layer in layers)
     idx = torch.randint(50, (2, 16))
     expected, found = exact(idx)[0], small(idx)[0].float()
     error = ((found - expected).pow(2).mean() / expected.pow(2).mean()).sqrt().item()

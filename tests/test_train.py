@@ -41,20 +41,31 @@ def read(*argv):
 # Settings.
 
 
-ARMS = {
+GPT3 = {"small": (12, 768, 12), "medium": (24, 1024, 16), "large": (24, 1536, 16)}  # layers, width, heads: table 2.1
+ARMS = {  # parameters, highest and lowest rate, weight decay
     "gpt3_small": (124_373_760, 6e-4, 6e-5, 0.1),
-    "identity_gpt3_small": (117_295_872, 6e-4, 6e-5, 2**-5),
+    "identity_gpt3_small": (155_929_344, 6e-4, 6e-5, 2**-5),  # with an untied head
     "nlq_gpt3_small": (124_392_192, 3.6e-3, 2e-5, 0.1),
     "wide_gpt3_small": (134_990_592, 6e-4, 6e-5, 0.1),
+    "gpt3_medium": (354_599_936, 3e-4, 3e-5, 0.1),
+    "nlq_gpt3_medium": (354_649_088, 3e-3, 2e-5, 0.1),
+    "gpt3_large": (758_392_320, 2.5e-4, 2.5e-5, 0.1),
+    "nlq_gpt3_large": (758_466_048, 2.55e-3, 2e-5, 0.1),
 }
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_the_papers_arms_follow_its_recipe(arm):
+def test_the_recipes_are_those_of_gpt3_and_of_the_paper(arm):
     settings, config = read(f"{ROOT}/config/{arm}.py")
-    s, untied = resolve(settings), 0 if config.tie_weights else 50304 * 768
-    assert parameter_report(config)["total"] == ARMS[arm][0] + untied
-    assert (s.learning_rate, pytest.approx(s.min_lr), s.weight_decay) == ARMS[arm][1:]
+    s, (total, *rates) = resolve(settings), ARMS[arm]
+    n_layer, d, n_head = GPT3[arm.split("_")[-1]]
+    assert (config.n_layer, config.n_embd, config.n_head, config.block_size) == (n_layer, d, n_head, 1024)
+    assert parameter_report(config)["total"] == total
+    if "identity" not in arm and "wide" not in arm:
+        # Tokens and positions; a query, key and value, output, MLP of 4 d, and the gains of two norms, four if nonlinear.
+        blocks = n_layer * (d * d + 2 * d * d + d * d + 8 * d * d + (4 if "nlq" in arm else 2) * d)
+        assert total == (50304 + 1024) * d + blocks + d
+    assert [s.learning_rate, pytest.approx(s.min_lr), s.weight_decay] == rates
     assert s.batch_size * s.gradient_accumulation_steps * config.block_size == 491_520
     assert (s.max_iters, s.warmup_iters, s.lr_decay_iters, s.beta1, s.beta2) == (60_002, 2000, 60_002, 0.9, 0.95)
     assert (s.dataset, s.grad_clip, s.lr_schedule, config.dropout) == ("openwebtext", 1.0, "cosine", 0.0)
@@ -222,7 +233,7 @@ def test_dropout_differs_between_steps_and_ranks(tiny_data, monkeypatch):
 # Runs.
 
 
-def test_a_run_leaves_a_complete_record(whole_run, capsys):
+def test_a_run_leaves_a_complete_record(whole_run):
     names = {"config.json", "metrics.jsonl", "ckpt.pt", "best.pt", "summary.json"}
     assert {p.name for p in Path(whole_run).iterdir()} == names
     config = json.loads(Path(whole_run, "config.json").read_text())
@@ -241,7 +252,6 @@ def test_a_run_leaves_a_complete_record(whole_run, capsys):
     assert summary["tokens_per_second"] > 0 and summary["seconds"] > 0
     best = checkpoint(whole_run, "best.pt")
     assert losses[best["state"]["step"]] == summary["best_val_loss"] and "optimizer" not in best
-    assert all(name in GPT(GPTConfig(**best["config"])).state_dict() for name in best["model"])
 
 
 @both_objectives
@@ -338,11 +348,10 @@ def test_two_processes_give_the_losses_of_one(objective, flag, tiny_config):
     assert json.loads(Path("out/two/config.json").read_text())["processes"] == 2
 
 
-def test_one_of_several_processes_ends_before_anything_can_abort_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_one_of_several_processes_ends_before_anything_can_abort_it():
     late = "import atexit, os; from utils.settings import run_program; atexit.register(os.abort); print('told'); "
     Path("late.py").write_text(late + "run_program(lambda: 3)")
-    ends = [run("late.py", environment={"PYTHONPATH": str(ROOT), "WORLD_SIZE": str(n)}) for n in (1, 2)]
+    ends = [run("late.py", environment={"WORLD_SIZE": str(n)}) for n in (1, 2)]
     assert [(end.returncode, end.stdout) for end in ends] == [(-signal.SIGABRT, "told\n"), (3, "told\n")]
 
 
@@ -384,36 +393,13 @@ def test_a_step_on_a_gpu_does_not_wait_for_it(objective, tiny_data):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.fixture
-def fast_in_bf16():
-    """The function of that name, which forgets what it found."""
-    yield lambda: device_module.cpu_is_fast_in_bf16.cache_clear() or device_module.cpu_is_fast_in_bf16()
-    device_module.cpu_is_fast_in_bf16.cache_clear()
-
-
-def test_the_number_format_follows_what_the_processor_has(fast_in_bf16, monkeypatch):
-    for amx, avx, fast in ((True, True, True), (False, True, True), (False, False, False)):
+def test_the_number_format_follows_what_the_processor_has(monkeypatch):
+    for amx, avx, dtype in ((True, True, "bfloat16"), (False, True, "bfloat16"), (False, False, "float32")):
         capabilities = {"amx_bf16": amx, "avx512_bf16": avx}
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
-        assert fast_in_bf16() == fast
-        assert device_module.best_dtype("cpu") == ("bfloat16" if fast else "float32")
-
-
-class Product(int):
-    """A matrix whose product takes so many ticks of a clock."""
-
-    clock = 0
-
-    def __matmul__(self, other):
-        Product.clock += self
-
-
-def test_where_the_processor_does_not_tell_products_are_measured(fast_in_bf16, monkeypatch):
-    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    monkeypatch.setattr(device_module.time, "perf_counter", lambda: Product.clock)
-    for slow, fast in ((torch.float32, True), (torch.bfloat16, False)):
-        monkeypatch.setattr(torch, "ones", lambda *shape, dtype, slow=slow: Product(10 if dtype == slow else 1))
-        assert fast_in_bf16() == fast
+        assert device_module.best_dtype("cpu") == dtype
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # torch before 2.10
+    assert device_module.best_dtype("cpu") == "float32"
 
 
 def test_a_loss_scale_that_collapses_stops_the_run():
