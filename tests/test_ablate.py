@@ -316,6 +316,10 @@ def test_the_published_tables_are_those_of_the_records():
     parts = (report.plan, report.verdict_table, report.arm_table, report.note, report.lines, report.rate_table)
     assert len(study.records) == len(records(PUBLISHED)) and all(part(study) in texts[0] for part in parts)
     assert all(part(study) in texts[1] for part in (report.rate_table, report.lines))
+    intervals = {report.interval(*row[2:5]) for row in study.compare()}
+    for text in (texts[1], (ROOT / "README.md").read_text("utf-8")):  # no verdict before its time, and none but these
+        told = set(re.findall(r"[+-]\d+\.\d\d % \[.*?\]", text))
+        assert told <= intervals and bool(told) == (not study.to_go())
 
 
 def test_every_number_of_the_published_verdicts_computed_anew():
