@@ -34,11 +34,10 @@ def sizes(studies):
     for study in studies:
         if left := study.to_go():  # before that there are no verdicts
             raise UserError(f"{study.folder} has {left} or more runs to go; finish it first, or leave it out")
-        whole = [r for run, r in study.records.items() if run.arm == study.baseline and r["summary"]]
-        if not whole:
+        record = next((r for run, r in study.records.items() if run.arm == study.baseline and r["summary"]), None)
+        if not record:
             raise UserError(f"{study.folder}: every run of {study.baseline} diverged; leave this study out")
-        parameters, tokens = whole[0]["config"]["parameters"]["non_embedding"], whole[0]["summary"]["tokens"]
-        found.append((parameters, tokens, study.compare()))
+        found.append((record["config"]["parameters"]["non_embedding"], record["summary"]["tokens"], study.compare()))
     pairs = Counter((row.arm, row.other) for _, _, rows in found for row in rows)
     found = [(*size, [row for row in rows if pairs[row.arm, row.other] > 1]) for *size, rows in found]
     return sorted(found, key=lambda size: size[0])

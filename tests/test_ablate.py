@@ -315,12 +315,18 @@ def test_the_published_tables_are_those_of_the_records():
     texts = [(PUBLISHED / "report.md").read_text("utf-8"), (ROOT / "study/README.md").read_text("utf-8")]
     parts = (report.plan, report.verdict_table, report.arm_table, report.note, report.lines, report.rate_table)
     assert len(study.records) == len(records(PUBLISHED)) and all(part(study) in texts[0] for part in parts)
-    assert all(part(study) in texts[1] for part in (report.verdict_table, report.arm_table, report.lines))
+    assert all(part(study) in texts[1] for part in (report.verdict_table, report.arm_table, report.note, report.lines))
     pattern = r"[+-]\d+\.\d\d % \[.*?\]"
     intervals = set(re.findall(pattern, report.verdict_table(study)))
     for text in (texts[1], (ROOT / "README.md").read_text("utf-8")):  # no verdict before its time, and none but these
         told = set(re.findall(pattern, text))
         assert told <= intervals and bool(told) == (not study.to_go())
+    cost = {}  # in percent, of the rates beside the best one
+    for arm in ("linear", "linear_matched"):
+        means = {rate: study.mean_loss(runs) for rate, runs in study.tuning_runs(arm).items()}
+        cost[arm] = [100 * (means[rate] / min(means.values()) - 1) for rate in (4e-3, 8e-3)]
+    words = "at 0.004 and 0.008 it loses {:.1f} and {:.1f} % where".format(*cost["linear_matched"])
+    assert f"{words} the usual start loses {cost['linear'][0]:.1f} and {cost['linear'][1]:.1f} %" in texts[1]
 
 
 def test_every_number_of_the_published_verdicts_computed_anew():

@@ -93,8 +93,7 @@ def swiglu(x, w):
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
 def test_each_candidate_computes_its_formula(mode, x):
-    """The query; then what attention makes of it: keys, values and a gate by the formulas, and the softmax by hand. The
-    formulas look at one token alone and the softmax at no later one, so no output depends on later tokens."""
+    """The query; then what attention makes of it: keys, values and a gate by the formulas, and the softmax by hand."""
     layer, z = attention(mode), x.numpy()
     w, q = {name: parameter.numpy() for name, parameter in layer.named_parameters()}, layer.query(x).numpy()
     of_query = {name.removeprefix("query."): value for name, value in w.items()}
@@ -140,6 +139,19 @@ MORE_THAN_LINEAR |= {"nonlinear_key": 2 * D, "nonlinear_value": 2 * D}
 def test_parameters_beyond_those_of_linear(mode):
     count = lambda mode: sum(p.numel() for p in attention(mode).parameters())  # noqa: E731
     assert count(mode) - count("linear") == MORE_THAN_LINEAR[mode]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@torch.no_grad()
+def test_no_output_depends_on_later_tokens(mode):
+    model = GPT(replace(CONFIG, query_mode=mode, n_layer=2)).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.1, 0.5, generator=torch.Generator().manual_seed(2))
+    idx = torch.arange(8)[None] % 11
+    changed = idx.clone()
+    changed[0, 5] = 10
+    same = (model(idx)[0] == model(changed)[0]).all(-1)[0]
+    assert same[:5].all() and not same[5:].any()
 
 
 def test_the_matched_linear_query_starts_as_large_as_the_nonlinear_one():
