@@ -559,3 +559,14 @@ def test_the_command_that_resumes_starts_as_many_processes(n, here, expected, mo
     for name, value in {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": here}.items():
         monkeypatch.setenv(name, str(value)) if value else monkeypatch.delenv(name, raising=False)
     assert device_module.launch_command("train.py", "--seed=1") == expected
+
+
+def test_a_number_too_small_to_be_normal_counts_as_zero():
+    def product():
+        return (torch.tensor(1e-30) * 1e-9).item()  # float32 is normal down to 1.2e-38
+
+    torch.set_flush_denormal(False)
+    assert product() == pytest.approx(1e-39, rel=1e-4)
+    with device_module.processes(resolve(Settings(device="cpu"))):
+        assert product() == 0
+    torch.set_flush_denormal(False)

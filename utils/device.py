@@ -127,6 +127,8 @@ def processes(settings):
         steps = settings.gradient_accumulation_steps
         raise UserError(f"gradient_accumulation_steps={steps} cannot be shared by {n} processes", status=2)
     with explained_errors(settings):
+        # Gradients of tokens that never come fall below 1e-38; on an Intel Xeon such numbers made a step 5 times as long.
+        torch.set_flush_denormal(True)
         if on_cuda:
             torch.cuda.set_device(settings.device)
             torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
