@@ -20,8 +20,8 @@ MOST_TOKENS = 100_000_000  # of a run, beyond which counting would take too much
 def ngram_losses(data, settings):
     """{n: mean loss in nats} for n = 1 to 5 over the targets of an evaluation; {} where a run sees too many tokens.
 
-    No count reaches over a window's edge. The tables see more than a model: every token of a window is counted, not only the
-    holes of an encoder; and a decoder's table goes on over the whole of val.bin, where the model's windows begin anew.
+    Counted is what a run learns from: a decoder's windows, and of an encoder the tokens in holes. No count reaches over a
+    window's edge. A decoder's table goes on over the whole of val.bin, where the model's windows begin anew.
     """
     settings = replace(settings, device="cpu")
     per_step = settings.batch_size * settings.gradient_accumulation_steps
@@ -33,17 +33,17 @@ def ngram_losses(data, settings):
     around = NEAREST[settings.objective]
     if settings.objective == "next":
         seen = tokens = np.concatenate([x[:, :1], y], axis=1)
+        counted = np.ones_like(seen, bool)
         val = np.asarray(data.tokens("val")[: n + 1], np.int64)[None]
         val_near, val_tokens = neighbours(val, around, data)[:, 1:], val[:, 1:]
     else:
-        seen, tokens = x, np.where(y >= 0, y, x)
+        seen, tokens, counted = x, y, y >= 0
         offsets = np.arange(max(1, n // data.block_size)) * data.block_size
         holes = get_holes(data, settings, offsets, seed="validation")
         val, targets = (t.numpy() for t in get_batch(data, "val", offsets, n + 1, "cpu", holes))
         val_near, val_tokens = neighbours(val, around, data)[holes], targets[holes]
-    near = neighbours(seen, around, data)
-    near, val_near = near.reshape(-1, len(around)), val_near.reshape(-1, len(around))
-    return count(near, tokens.ravel(), val_near, val_tokens.ravel(), data.vocab_size)
+    near, val_near = neighbours(seen, around, data)[counted], val_near.reshape(-1, len(around))
+    return count(near, tokens[counted], val_near, val_tokens.ravel(), data.vocab_size)
 
 
 def neighbours(windows, around, data):

@@ -307,37 +307,46 @@ def test_a_device_waits_for_what_only_others_can_tell(devices, monkeypatch):
 
 # What is published.
 
-PUBLISHED = ROOT / "study" / "results" / "stdlib_cpu"
+PUBLISHED = sorted(path.parent for path in (ROOT / "study/results").glob("*/report.md"))
+MAIN = ROOT / "study/results/stdlib_cpu"
+STUDY_README = (ROOT / "study/README.md").read_text("utf-8")
 
 
-def test_the_published_tables_are_those_of_the_records():
-    study = runs.load(PUBLISHED)
-    texts = [(PUBLISHED / "report.md").read_text("utf-8"), (ROOT / "study/README.md").read_text("utf-8")]
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
+def test_the_published_tables_are_those_of_the_records(folder):
+    study, text = runs.load(folder), (folder / "report.md").read_text("utf-8")
     parts = (report.plan, report.verdict_table, report.arm_table, report.note, report.lines, report.rate_table)
-    assert len(study.records) == len(records(PUBLISHED)) and all(part(study) in texts[0] for part in parts)
-    assert all(part(study) in texts[1] for part in (report.verdict_table, report.arm_table, report.note, report.lines))
+    assert len(study.records) == len(records(folder)) and all(part(study) in text for part in parts)
+    told = [report.verdict_table, report.lines] + [report.arm_table, report.note] * (folder == MAIN)
+    assert study.to_go() or all(part(study) in STUDY_README for part in told)
+
+
+def test_the_intervals_in_the_texts_are_those_of_studies_that_are_done():
     pattern = r"[+-]\d+\.\d\d % \[.*?\]"
-    intervals = set(re.findall(pattern, report.verdict_table(study)))
-    for text in (texts[1], (ROOT / "README.md").read_text("utf-8")):  # no verdict before its time, and none but these
-        told = set(re.findall(pattern, text))
-        assert told <= intervals and bool(told) == (not study.to_go())
-    cost = {}  # in percent, of the rates beside the best one
+    done = {interval for folder in PUBLISHED for interval in re.findall(pattern, report.verdict_table(runs.load(folder)))}
+    for text in (STUDY_README, (ROOT / "README.md").read_text("utf-8")):
+        assert set(re.findall(pattern, text)) <= done
+
+
+def test_what_other_rates_cost_as_the_text_tells_it():
+    study, cost = runs.load(MAIN), {}  # in percent of the best
     for arm in ("linear", "linear_matched"):
         means = {rate: study.mean_loss(runs) for rate, runs in study.tuning_runs(arm).items()}
         cost[arm] = [100 * (means[rate] / min(means.values()) - 1) for rate in (4e-3, 8e-3)]
     words = "at 0.004 and 0.008 it loses {:.1f} and {:.1f} % where".format(*cost["linear_matched"])
-    assert f"{words} the usual start loses {cost['linear'][0]:.1f} and {cost['linear'][1]:.1f} %" in texts[1]
+    assert f"{words} the usual start loses {cost['linear'][0]:.1f} and {cost['linear'][1]:.1f} %" in STUDY_README
 
 
-def test_every_number_of_the_published_verdicts_computed_anew():
-    """From nothing but the lines of runs.jsonl, by scipy's paired t test; also that no run failed."""
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
+def test_every_number_of_the_published_verdicts_computed_anew(folder):
+    """From nothing but the lines of runs.jsonl, by scipy's paired t test; also that no run that measures failed."""
     ttest = pytest.importorskip("scipy.stats").ttest_rel
-    told, text = json.loads((PUBLISHED / "study.json").read_text()), (PUBLISHED / "report.md").read_text("utf-8")
-    counts, x, rates = json.loads((PUBLISHED / "ngrams.json").read_text()), {}, {}
-    for line in records(PUBLISHED).values():
-        assert np.mean([loss for _, loss, _ in line["curve"][-15:]]) < counts["3"]
-        assert line["config"]["settings"]["max_iters"] == line["summary"]["steps"] == 1500
+    told, text = json.loads((folder / "study.json").read_text()), (folder / "report.md").read_text("utf-8")
+    counts, x, rates = json.loads((folder / "ngrams.json").read_text()), {}, {}
+    for line in records(folder).values():
+        assert line["config"]["settings"]["max_iters"] == line["summary"]["steps"]
         if line["seed"] in told["seeds"]:
+            assert np.mean([loss for _, loss, _ in line["curve"][-15:]]) < counts["3"]
             x.setdefault(line["arm"], {})[line["seed"]] = line["summary"]["final_val_loss"]
             assert rates.setdefault(line["arm"], line["learning_rate"]) == line["learning_rate"]
     n = min(len(x.get(arm, ())) for arm in told["arms"])
@@ -365,8 +374,7 @@ def test_every_number_of_the_published_verdicts_computed_anew():
 
 def test_the_pilot_in_the_readme_is_that_of_its_records():
     """Each row of the table, from the runs with its settings; and no run that stayed at what bigrams reach."""
-    text = (ROOT / "study/README.md").read_text("utf-8")
-    rows = [row.strip("| ").split(" | ") for row in re.findall(r"^\| (?:500|1,500) \|.*", text, re.M)]
+    rows = [row.strip("| ").split(" | ") for row in re.findall(r"^\| (?:500|1,500) \|.*", STUDY_README, re.M)]
     told = {}
     for steps, arm, rate, warmup, beta2, clip, losses in rows:
         clip = 0.0 if clip == "none" else float(clip)
