@@ -78,56 +78,54 @@ class Study:
         """The runs of an arm that look for its best rate, and that rate once it is known, else None."""
         if not self.tuning_seeds:
             return [], self.learning_rates[0]
-        first, by_rate = self.tuning_seeds[0], self.tuning_runs(arm)
-        done = [run for runs in by_rate.values() for run in runs]
-        rates = sorted({*self.learning_rates, *by_rate})
-        new = [Run(arm, rate, first) for rate in rates if rate not in by_rate]
-        if new:
+        by_rate = self.tuning_runs(arm)
+        done = [run for runs in by_rate.values() for run in runs.values()]
+        first, rates = self.tuning_seeds[0], sorted({*self.learning_rates, *by_rate})
+        if new := [Run(arm, rate, first) for rate in rates if rate not in by_rate]:
             return done + new, None
-        best, *others = self.ranked_rates(arm)
+        # The first seed compares all rates, and all seeds the best of them with the second where noise cannot tell these
+        # two: never two means over different seeds.
+        failed = {rate: any(map(self.failure, runs.values())) for rate, runs in by_rate.items()}
+        losses = {rate: self.mean_loss(runs, [first]) for rate, runs in by_rate.items()}
+        best, *others = sorted(by_rate, key=lambda rate: (failed[rate], losses[rate], rate))
+        noise = self.spread / 100 * losses[best] * math.sqrt(2)
+        contenders = [best, *(rate for rate in others[:1] if not failed[rate] and losses[rate] - losses[best] < noise)]
+        more = [Run(arm, rate, first) for rate in self.around(best, rates)]
+        more = more or [Run(arm, r, seed) for r in contenders for seed in self.tuning_seeds if seed not in by_rate[r]]
+        if not more:
+            complete = [rate for rate in by_rate if len(by_rate[rate]) == len(self.tuning_seeds)]
+            best = min(complete, key=lambda rate: (failed[rate], self.mean_loss(by_rate[rate]), rate))
+            more = [Run(arm, rate, first) for rate in self.around(best, rates)]
+        return done + more, None if more else best
+
+    def around(self, best, rates):
+        """The rates on both sides of the best one, as far as they were not tried."""
         near = [float(f"{best * factor:.3g}") for factor in (1 / math.sqrt(2), math.sqrt(2))]
-        near = [rate for rate in near if not any(0.9 < rate / tried < 1.1 for tried in rates)]
-        if near and len(rates) < MOST_RATES:  # the best is not yet between two others
-            return done + [Run(arm, rate, first) for rate in near], None
-        # The best so far gets all tuning seeds, and so does the second where it is as good up to noise. Each run may
-        # change which ones these are.
-        contenders = [best, *(rate for rate in others[:1] if self.too_close(by_rate[best], by_rate[rate]))]
-        for rate in sorted(contenders, key=lambda rate: len(by_rate[rate])):
-            for seed in self.tuning_seeds:
-                if Run(arm, rate, seed) not in self.records:
-                    return [*done, Run(arm, rate, seed)], None
-        return done, best
+        new = [rate for rate in near if not any(0.9 < rate / tried < 1.1 for tried in rates)]
+        return new if len(rates) < MOST_RATES else []
 
     def tuning_runs(self, arm):
-        """{rate: the runs with tuning seeds that are done}"""
+        """{rate: {seed: run} of the runs with tuning seeds that are done}"""
         by_rate = {}
         for run in self.records:
             if run.arm == arm and run.seed in self.tuning_seeds:
-                by_rate.setdefault(run.learning_rate, []).append(run)
+                by_rate.setdefault(run.learning_rate, {})[run.seed] = run
         return by_rate
 
-    def mean_loss(self, runs):
-        return statistics.fmean(final_loss(self.records[run]) for run in runs)
-
-    def ranked_rates(self, arm):
-        """The rates that were tried, best first; one with a run that failed comes after all without."""
-        by_rate = self.tuning_runs(arm)
-        failed = {rate: any(map(self.failure, runs)) for rate, runs in by_rate.items()}
-        return sorted(by_rate, key=lambda rate: (failed[rate], self.mean_loss(by_rate[rate]), rate))
-
-    def too_close(self, runs, others):
-        """Whether the means of two rates differ by less than the standard error that the study expects of that."""
-        if any(map(self.failure, [*runs, *others])):
-            return False
-        mean, error = self.mean_loss(runs), math.sqrt(1 / len(runs) + 1 / len(others))
-        return self.mean_loss(others) - mean < self.spread / 100 * mean * error
+    def mean_loss(self, runs, seeds=None):
+        """Of runs {seed: run}, or of those with these seeds."""
+        return statistics.fmean(final_loss(self.records[runs[seed]]) for seed in seeds or runs)
 
     def usable_rates(self, arm):
-        """The rates within 1 % of the best one's loss, of those without a run that failed."""
-        by_rate, ranked = self.tuning_runs(arm), self.ranked_rates(arm)
-        limit = 1.01 * self.mean_loss(by_rate[ranked[0]]) if ranked else 0
-        good = [rate for rate in ranked if not any(map(self.failure, by_rate[rate]))]
-        return sorted(rate for rate in good if self.mean_loss(by_rate[rate]) <= limit)
+        """The rates within 1 % of the best one's loss over the tuning seeds that both have, without a run that failed."""
+        by_rate, best = self.tuning_runs(arm), self.search(arm)[1]
+
+        def usable(rate):
+            shared = by_rate[rate].keys() & by_rate[best].keys()
+            limit = 1.01 * self.mean_loss(by_rate[best], shared)
+            return not any(map(self.failure, by_rate[rate].values())) and self.mean_loss(by_rate[rate], shared) <= limit
+
+        return sorted(filter(usable, by_rate)) if best in by_rate else []
 
     def measuring_seeds(self):
         """The seeds that measure, as far as the records can tell: two more for all arms while an interval is too wide.

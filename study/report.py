@@ -24,7 +24,7 @@ PLAN = """Primary comparison: {primary}. Secondary: {secondary}.{later} Margin o
 what its seed does to all arms: {spread:g} %, so that {n} seeds find a primary difference of {found:.2f} % in four of five studies."""
 NOTE = """{loss} in nats a token after the last step: mean ± standard deviation over the measuring seeds, without runs that \
 failed: that diverged{failed}. Differences are in percent of the other arm's loss, lower is better. Usable rates: \
-their mean over the tuning seeds is within 1 % of the best. MFLOP: of a training step, per token. tokens/s: measured apart, in \
+within 1 % of the best one's loss over the tuning seeds that both have. MFLOP: of a training step, per token. tokens/s: measured apart, in \
 turns, relative to {baseline}."""
 VERDICTS = """In brackets is the 95 % interval, by the paired t test over the seeds: for each arm at the best rate that was \
 tried, and for this data; it does not contain the error of choosing a rate. p is of no difference, for the secondary \
@@ -40,7 +40,7 @@ def write(study, command):
     parts += ["## The plan", plan(study), "## The verdicts", verdict_table(study), VERDICTS]
     parts += ["## Each arm at its best rate", arm_table(study), note(study), lines(study)]
     parts += [f"![{loss_name(study)} against the learning rate, every run a dot](rates.svg)", rate_table(study)]
-    parts += ["Mean over the tuning seeds, and in brackets how many.", seed_table(study)]
+    parts += ["With the first tuning seed, and further ones where it could not decide; the best rate is bold.", seed_table(study)]
     draw(study)
     RunFolder(study.folder).write_text("report.md", "\n\n".join(filter(None, parts)) + "\n")
     print(f"report: {study.folder / 'report.md'}")
@@ -161,27 +161,31 @@ def seed_table(study):
     for arm, runs in study.measured().items():
         cells = dict.fromkeys(seeds, "")
         for run in runs:
-            cells[run.seed] = f"{final_loss(study.records[run]):.4f} {study.failure(run)}".strip()
+            cells[run.seed] = told(study, run)
         rows.append([arm, *cells.values()])
     return table(["arm", *(f"seed {seed}" for seed in seeds)], rows)
 
 
+def told(study, run):
+    return f"{final_loss(study.records[run]):.4f} {study.failure(run)}".strip()
+
+
 def rate_table(study):
-    """The mean loss of each arm at each rate over its tuning seeds."""
+    """The losses of each arm at each rate, with its tuning seeds."""
     by_arm = {arm: study.tuning_runs(arm) for arm in study.arms}
     rates, rows = sorted({rate for by_rate in by_arm.values() for rate in by_rate}), []
     for arm, by_rate in by_arm.items():
         cells, best = dict.fromkeys(rates, ""), study.search(arm)[1]
         for rate, runs in by_rate.items():
-            failed = sum(bool(study.failure(run)) for run in runs)
-            words = f"{failed} failed ({len(runs)})" if failed else f"{study.mean_loss(runs):.4f} ({len(runs)})"
+            words = ", ".join(told(study, runs[seed]) for seed in study.tuning_seeds if seed in runs)
             cells[rate] = f"**{words}**" if rate == best else words
         rows.append([arm, *cells.values()])
     return table(["arm", *(f"{rate:g}" for rate in rates)], rows) if rates else ""
 
 
 def draw(study):
-    """rates.svg: validation loss against the learning rate, every run a dot -> its figure."""
+    """rates.svg: validation loss against the learning rate, every run a dot, those of the first tuning seed joined -> its
+    figure."""
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes, best_losses, rates = figure.subplots(), [], set()
     losses = study.losses(study.measured())
@@ -192,10 +196,11 @@ def draw(study):
             style = {"fillstyle": "none"} if study.failure(run) else {"markeredgecolor": "none"}
             style |= {"ms": 5, "alpha": 0.9} if run.seed in study.seeds else {"ms": 3.5, "alpha": 0.6}
             axes.plot(run.learning_rate * dodge, final_loss(study.records[run]), "o", c=colour, **style)
-        means = {rate: study.mean_loss(runs) for rate, runs in sorted(study.tuning_runs(arm).items())}
-        means = {rate: loss for rate, loss in means.items() if math.isfinite(loss)}
-        if means or runs:
-            axes.plot([rate * dodge for rate in means], means.values(), "-", color=colour, lw=0.8, alpha=0.7)
+        by_rate = sorted(study.tuning_runs(arm).items())
+        first = {rate: study.mean_loss(runs, study.tuning_seeds[:1]) for rate, runs in by_rate}
+        first = {rate: loss for rate, loss in first.items() if math.isfinite(loss)}
+        if first or runs:
+            axes.plot([rate * dodge for rate in first], first.values(), "-", color=colour, lw=0.8, alpha=0.7)
             axes.plot([], [], "o-", color=colour, label=arm)
             best_losses.append(min(final_loss(study.records[run]) for run in runs))
             rates |= {run.learning_rate for run in runs}

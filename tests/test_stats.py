@@ -285,7 +285,15 @@ def test_two_rates_that_noise_cannot_tell_both_get_all_tuning_seeds():
     expected = {4e-3: [1], 5.66e-3: [1, 2, 3, 4], 8e-3: [1, 2], 1.13e-2: [1]}
     assert seeds_by_rate(study) == expected and study.usable_rates("a") == [5.66e-3]
     study = searched(lambda run: means[run.learning_rate] + luck.get(run[1:], 0), arms="a", spread=0.1)
-    assert study.search("a")[1] == 5.66e-3  # the best alone got the second seed, which it lost by
+    assert study.search("a")[1] == 8e-3 and seeds_by_rate(study)[5.66e-3] == [1]
+
+
+@pytest.mark.parametrize("shift", [-0.1, 0.1])
+def test_what_a_seed_does_to_all_runs_decides_no_rate(shift):
+    means = {4e-3: 1.1, 5.66e-3: 1.005, 8e-3: 1.0, 1.13e-2: 1.02}
+    study = searched(lambda run: means[run.learning_rate] + shift * (run.seed == 2), arms="a")
+    assert seeds_by_rate(study) == {4e-3: [1], 5.66e-3: [1, 2], 8e-3: [1, 2, 3, 4], 1.13e-2: [1]}
+    assert study.usable_rates("a") == [5.66e-3, 8e-3]
 
 
 def test_a_rate_at_which_a_run_failed_comes_after_all_others():
