@@ -179,6 +179,8 @@ def end(study, run, status):
         raise UserError(f"{run}: exit status {status}; {last_line(log)} ({log} tells more)")
     curve = [[line["step"], line["train_loss"], line["grad_norm"]] for line in metrics if "train_loss" in line]
     add(study, run, {"config": folder.read_json("config.json"), "curve": curve, "summary": summary})
+    read(study)  # it may ask for runs that were recorded before
+    check(study)
     shutil.rmtree(folder.path)
     found, failure = f"val loss {summary['final_val_loss']:.4f}" if summary else "", study.failure(run)
     print(f"{run}: {' '.join(filter(None, (found, failure)))}; {study.to_go()} to go", flush=True)

@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, files, prepare_tiny, run, start
 
 import train
+from utils.checkpoint import RunFolder
 from utils.settings import UserError
 
 pytest.importorskip("scipy", reason="a study needs scipy")
@@ -289,20 +290,37 @@ def test_a_grid_that_is_killed_goes_on_where_it_was(number):
 
 
 @pytest.mark.parametrize("devices", [["cpu"], ["cpu", "cpu", "cpu"]])
-def test_a_device_waits_for_what_only_others_can_tell(devices, monkeypatch):
-    """The whole of a tuned study, where a run takes no time."""
-    best = {"a": 1e-3, "b": 3e-2}
+def test_a_device_waits_for_what_only_others_can_tell_and_no_run_is_made_twice(devices, monkeypatch):
+    """The whole of a tuned study, where a run takes no time; then without one of its first runs."""
+    best, started = {"a": 1e-3, "b": 3e-2}, []
     rest = dict(comparisons=[["b", "a"]], margin=0.5, half_width=None, spread=0.5, folder=Path("r"), devices=devices)
-    study = Study("c.py", {"a": {}, "b": {}}, [4e-3, 8e-3], [1, 2], [3, 4], **rest)
 
-    def end(study, run, _):
-        loss = 1 + math.log2(run.learning_rate / best[run.arm]) ** 2
-        study.records[run] = {"curve": [[1, loss, 1.0]], "summary": {"final_val_loss": loss}}
+    def empty():
+        return Study("c.py", {"a": {}, "b": {}}, [4e-3, 8e-3], [1, 2], [3, 4], **rest)
+
+    def begin(study, run, device, folder):
+        started.append(run)
+        folder, loss = RunFolder(folder), 1 + math.log2(run.learning_rate / best[run.arm]) ** 2
+        folder.path.mkdir(parents=True)
+        folder.write_json("config.json", {})
+        folder.write_json("summary.json", {"final_val_loss": loss, "seconds": 1, "tokens_per_second": 1})
+        folder.write_text("metrics.jsonl", "")
+        return SimpleNamespace(poll=lambda: 0, returncode=0)
 
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    monkeypatch.setattr(runs, "start", lambda *_: SimpleNamespace(poll=lambda: 0, returncode=0))
-    monkeypatch.setattr(runs, "end", end)
-    assert runs.go(study) == 0 and study.to_go() == 0 and set(study.records) == set(study.runs())
+    monkeypatch.setattr(runs, "start", begin)
+    monkeypatch.setattr(runs, "check", lambda study: None)
+    study = empty()
+    assert runs.go(study) == 0 and study.to_go() == 0 and set(study.records) == set(study.runs()) == set(started)
+    assert len(started) == len(set(started))
+    path, first = Path("r/runs.jsonl"), Run("a", 4e-3, 1)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if str(first) not in str(Run(*list(json.loads(line).values())[:3]))))
+    started.clear()
+    again = empty()
+    runs.read(again)
+    assert len(again.records) < len(study.records) - 1  # what follows from that run is not asked for yet
+    assert runs.go(again) == 0 and started == [first] and again.records == study.records
 
 
 # What is published.
