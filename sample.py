@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, GPTConfig
+from model import GPT, QUERIES, GPTConfig
 from utils.checkpoint import RunFolder, reading
 from utils.device import pick_device
 from utils.generation import FORMATS, best_format, for_generation
@@ -28,6 +28,10 @@ def load_model(folder, device, dtype="float32"):
         raise UserError(f"{run} holds no trained model (neither best.pt nor ckpt.pt)")
     checkpoint = run.load(name)
     with reading(run.path / name):
+        if (mode := checkpoint["config"]["query_mode"]) not in QUERIES:
+            raise UserError(
+                f"{run} has query_mode={mode}, which is not one of {', '.join(QUERIES)}; add it to model.py"
+            )
         model = GPT(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
     return for_generation(model.to(device), dtype), checkpoint["tokenizer"]

@@ -189,16 +189,17 @@ def main(argv=None):
     with contextlib.nullcontext() if options.dry_run else locked(study.folder):
         runs.read(study)
         runs.check(study)
+        runs.check_plan(study)
         if options.dry_run:
             print_runs(study)
             return 0
         command = shlex.join(["python", "-m", "study.ablate", *argv])
         runs.write_plan(study, command)
+        runs.tidy(study)
         if not study.ngrams:
             runs.count_ngrams(study)
         if options.speed:
             measure_speeds(study)
-        runs.tidy(study)
         print(f"{study.to_go()} to go", flush=True)
         try:
             return runs.go(study)

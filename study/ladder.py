@@ -44,12 +44,13 @@ def sizes(studies):
 
 
 def size_table(found):
+    """Without verdicts: they hang on the margin of each study and on what else it compares."""
     rows = [
-        [f"{parameters:,}", f"{tokens:,}", f"{row.arm} against {row.other}", interval(*row[2:5]), row.verdict]
+        [f"{parameters:,}", f"{tokens:,}", f"{row.arm} against {row.other}", interval(*row[2:5])]
         for parameters, tokens, comparisons in found
         for row in comparisons
     ]
-    return table(["non-embedding parameters", "tokens", "comparison", "log-loss", "verdict"], rows)
+    return table(["non-embedding parameters", "tokens", "comparison", "log-loss"], rows)
 
 
 def draw(found, folder):

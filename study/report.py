@@ -40,7 +40,10 @@ def write(study, command):
     parts += ["## The plan", plan(study), "## The verdicts", verdict_table(study), VERDICTS]
     parts += ["## Each arm at its best rate", arm_table(study), note(study), lines(study)]
     parts += [f"![{loss_name(study)} against the learning rate, every run a dot](rates.svg)", rate_table(study)]
-    parts += ["With the first tuning seed, and further ones where it could not decide; the best rate is bold.", seed_table(study)]
+    parts += [
+        "With the first tuning seed, and further ones where it could not decide; the best rate is bold.",
+        seed_table(study),
+    ]
     draw(study)
     RunFolder(study.folder).write_text("report.md", "\n\n".join(filter(None, parts)) + "\n")
     print(f"report: {study.folder / 'report.md'}")

@@ -71,12 +71,12 @@ def check(study):
             raise UserError(f"{folder}: {e}; choose another --out") from None
 
 
-def write_plan(study, command):
-    """Write study.json. Once a run that measures is known, what is compared and how stands: arms and comparisons can be
-    added at the end, and `planned` tells how many comparisons came before."""
-    folder, plan = RunFolder(study.folder), {key: getattr(study, key) for key in PLAN}
+def check_plan(study):
+    """Once a run that measures is known, what is compared and how stands: arms and comparisons can be added at the end,
+    and `planned` tells how many comparisons came before."""
+    plan = {key: getattr(study, key) for key in PLAN}
     study.planned = len(study.comparisons)
-    before = load(study.folder) if folder.holds("study.json") else None
+    before = load(study.folder) if RunFolder(study.folder).holds("study.json") else None
     if before and any(run.seed in before.seeds for run in before.records):
         study.planned = before.planned
         kept = {"arms": {arm: plan["arms"].get(arm) for arm in before.arms}}
@@ -87,7 +87,11 @@ def write_plan(study, command):
                     f"{study.folder}: {key} was {was}, now is {plan[key]}; a plan stands once runs that measure "
                     "are known (arms and comparisons can be added at the end); choose another --out"
                 )
-    folder.write_json("study.json", {"command": command, **plan, "planned": study.planned})
+
+
+def write_plan(study, command):
+    plan = {key: getattr(study, key) for key in (*PLAN, "planned")}
+    RunFolder(study.folder).write_json("study.json", {"command": command, **plan})
 
 
 def read(study):
@@ -110,11 +114,16 @@ def read(study):
 
 
 def count_ngrams(study):
-    """Write ngrams.json: what n-gram counts of the tokens that the first measuring seed's runs see reach on val.bin."""
-    settings, _, data = settings_of(study, study.runs()[0], study.devices[0])
-    study.ngrams = ngram_losses(data, replace(settings, seed=study.seeds[0]))
-    if study.ngrams:
-        RunFolder(study.folder).write_json("ngrams.json", study.ngrams)
+    """Write ngrams.json: what n-gram counts of the tokens that the first measuring seed's runs see reach on val.bin;
+    not where the arms do not see the same."""
+    seen, run = set(), Run(study.baseline, study.learning_rates[0], study.seeds[0])
+    for arm in study.arms:
+        settings, config, data = settings_of(study, run._replace(arm=arm), study.devices[0])
+        tokens = settings.max_iters, settings.batch_size * settings.gradient_accumulation_steps, config.block_size
+        seen.add((settings.dataset, settings.objective, settings.mask_share, *tokens))
+    if len(seen) == 1 and (losses := ngram_losses(data, settings)):
+        study.ngrams = losses
+        RunFolder(study.folder).write_json("ngrams.json", losses)
 
 
 def add(study, run, record):

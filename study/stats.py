@@ -62,8 +62,10 @@ def verdict(mean, low, high, p, margin, n):
         return ("better" if mean < 0 else "worse") + (", by less than the margin" if inside else "")
     if inside:
         return "equivalent within the margin"
+    if low > 0 or high < 0:
+        return "not distinguishable after Holm's correction"
     seeds = math.ceil(n * ((high - low) / 2 / (TIGHT * margin)) ** 2)
-    return f"not distinguishable (to show equality within ± {margin:g} % takes about {seeds} seeds)"
+    return f"not distinguishable (if they are equal, about {seeds} seeds show it within ± {margin:g} %)"
 
 
 def difference(a, b, failed=False):

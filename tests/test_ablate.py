@@ -98,22 +98,30 @@ def test_a_grid_is_complete_and_its_report_tells_it(grid):
 
 def test_a_study_of_encoders_says_what_its_loss_is_of():
     write_tiny()
-    assert ablate.main(["tiny.py", "--arm=identity", "--objective=masked", "--tune=", "--seed=1", "--out=r"]) == 0
+    masked = ["--objective=masked", "--mask_share=0.9"]
+    assert ablate.main(["tiny.py", "--arm=identity", *masked, "--tune=", "--seed=1", "--out=r"]) == 0
     (loss,), text = losses().values(), Path("r/report.md").read_text()
     assert "| masked-token loss (n) | " in text and f" | {loss:.4f} (1) | " in text and "alidation loss" not in text
     assert runs.load(Path("r")).ngrams[1] == pytest.approx(math.log(21), abs=0.1)  # letters at random, of 21
+    # Where arms do not see the same, no table of counts judges them.
+    assert ablate.main(["tiny.py", "--objective=next,masked", "--tune=", "--seed=1", "--out=both"]) == 0
+    assert not Path("both/ngrams.json").exists() and len(records("both")) == 2
 
 
 def test_the_same_command_runs_nothing_again_and_a_dry_run_measures_only(grid, capsys):
     before = files("r")
     assert ablate.main(GRID) == 0 and files("r") == before and "val loss" not in capsys.readouterr().out
-    assert ablate.main([*GRID[:5], "--seed=1,2,3", *GRID[6:], "--dry-run"]) == 0 and files("r") == before
+    with pytest.raises(UserError, match="seeds was"):  # as without --dry-run
+        ablate.main([*GRID, "--seed=1,2,3", "--dry-run"])
+    more = [GRID[0], f"{GRID[1]},identity", *GRID[2:], "--dry-run"]
+    assert ablate.main(more) == 0 and files("r") == before
     lines = capsys.readouterr().out.splitlines()
     assert sum("to run" in line for line in lines) == 4 and sum("diverged" in line for line in lines) == 4
     # d = 16, r = 8: 2 * 16 * 8 weights and two gains of 16 against 16 * 16 weights
-    assert all(f"{256 if '=linear' in line else 288:11,}" in line for line in lines[1:13])
+    path = {"linear": 256, "nonlinear": 288, "identity": 0}
+    assert all(f"{path[re.search('mode=([a-z]+)', line)[1]]:11,}" in line for line in lines[1:13])
     assert re.fullmatch(r"at least 4 to go, \d+:\d\d, \d+:\d\d each, 2 at a time", lines[13])
-    words = r"3 seeds give intervals of ± \d+.\d\d %, and find a difference of .* in 4 of 5 studies"
+    words = r"2 seeds give intervals of ± \d+.\d\d %, and find a difference of .* in 4 of 5 studies"
     assert re.fullmatch(words, lines[15])
 
 
@@ -135,6 +143,7 @@ def test_an_arm_can_be_added_later(grid):
     study.arms["new"] = {"query_mode": "identity"}
     study.comparisons.append(["new", LINEAR])
     assert {run.arm for run in study.runs() if run not in study.records} == {"new"}
+    runs.check_plan(study)
     runs.write_plan(study, "command")
     report.write(study, "command")
     with pytest.raises(UserError, match="r has 2 or more runs to go"):
@@ -145,7 +154,7 @@ def test_an_arm_can_be_added_later(grid):
     assert json.loads(Path("r/study.json").read_text())["planned"] == pairs
     del study.arms["new"]
     with pytest.raises(UserError, match="arms was"):
-        runs.write_plan(study, "command")
+        runs.check_plan(study)
 
 
 def test_the_ladder_puts_studies_in_the_order_of_their_size(grid):
@@ -341,7 +350,9 @@ def test_the_published_tables_are_those_of_the_records(folder):
 
 def test_the_intervals_in_the_texts_are_those_of_studies_that_are_done():
     pattern = r"[+-]\d+\.\d\d % \[.*?\]"
-    done = {interval for folder in PUBLISHED for interval in re.findall(pattern, report.verdict_table(runs.load(folder)))}
+    done = {
+        interval for folder in PUBLISHED for interval in re.findall(pattern, report.verdict_table(runs.load(folder)))
+    }
     for text in (STUDY_README, (ROOT / "README.md").read_text("utf-8")):
         assert set(re.findall(pattern, text)) <= done
 

@@ -15,6 +15,7 @@ import torch
 import prepare_data
 import train
 from conftest import files, prepare_tiny
+from utils.checkpoint import RunFolder
 from utils.settings import run_program
 
 USAGE, FAILURE, DRY = 2, 1, ("", " --dry-run")
@@ -58,6 +59,9 @@ def scene(tmp_path_factory):
         train.main(["tiny.py", "--out_dir=out/encoder", "--objective=masked"])
         for name in ("cut", "executes"):
             shutil.copytree("out/good", f"out/{name}")
+        fork = RunFolder(shutil.copytree("out/good", "out/fork"))
+        checkpoint = fork.load("best.pt")
+        fork.save("best.pt", checkpoint | {"config": checkpoint["config"] | {"query_mode": "gated"}})
         for file in ("ckpt.pt", "best.pt"):
             data = Path("out/good", file).read_bytes()
             Path("out/cut", file).write_bytes(data[: len(data) // 2])
@@ -166,6 +170,7 @@ MISTAKES = [
     *[("sample", name, FAILURE, f"{name} holds no trained model") for name in ("out/none", "data/tiny")],
     ("sample", "empty.txt", FAILURE, "empty.txt is a file"),
     *[("sample", name, FAILURE, f"{name}/best.pt cannot be read") for name in ("out/cut", "out/executes")],
+    ("sample", "out/fork", FAILURE, "query_mode=gated, which is not one of linear, identity, nonlinear"),
     ("sample", "out/good --prompt=Ω", FAILURE, "U+03A9"),
     ("sample", "out/good --prompt=", FAILURE, "the prompt is empty"),
     ("sample", "out/good --prompt=FILE:nowhere", FAILURE, "nowhere"),

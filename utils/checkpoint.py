@@ -202,7 +202,7 @@ def reading(path, kind="a checkpoint"):
     try:
         yield
     except Exception as e:  # torch raises many kinds for a file that is not one of its own
-        if out_of_memory(e):  # the file is not to blame
+        if out_of_memory(e) or isinstance(e, UserError):  # the file is not to blame, or it was told why
             raise
         reason = " ".join(f"{type(e).__name__}: {e}".split())
         hint = "it is damaged or another program's: put a good copy in its place"
