@@ -1,7 +1,7 @@
 """Turn text into tokens: python prepare_data.py NAME writes data/NAME/{train.bin, val.bin, meta.json}.
 
     stdlib            the Python source of this interpreter's standard library, as bytes; no network
-    machine_code      no text: the compiled modules of that library, as bytes; no network
+    machine_code      hardly text: the compiled modules of that library, as bytes; no network
     shakespeare_char  tiny Shakespeare, one token a character
     shakespeare       tiny Shakespeare, GPT-2 BPE
     text              your own files: --name NAME --input FILE_OR_FOLDER ... --tokenizer gpt2|char|byte
