@@ -357,6 +357,14 @@ def test_the_intervals_in_the_texts_are_those_of_studies_that_are_done():
         assert set(re.findall(pattern, text)) <= done
 
 
+def test_the_published_ladder_is_that_of_its_studies():
+    """Its intervals are those of the studies' reports, each computed anew below."""
+    found = ladder.sizes([runs.load(folder) for folder in (MAIN, MAIN.parent / "ladder_small_cpu")])
+    told = (MAIN.parent / "ladder/ladder.md").read_text("utf-8")
+    assert ladder.size_table(found) in told and ladder.size_table(found) in STUDY_README
+    assert [size for size, *_ in found] == sorted({size for size, *_ in found}) and len(found) == 2
+
+
 def test_what_other_rates_cost_as_the_text_tells_it():
     study, cost = runs.load(MAIN), {}  # in percent of the best
     for arm in ("linear", "linear_matched"):
