@@ -45,7 +45,7 @@ def tiny_data():
 def tiny_config(tiny_data):
     """tiny.py: a config that trains on data/tiny in a second."""
     Path("tiny.py").write_text(
-        "dataset = 'tiny'\ndevice = 'cpu'\n"
+        "dataset, device, dtype = 'tiny', 'cpu', 'float32'\n"
         "n_layer, n_head, n_embd, block_size = 2, 2, 16, 16\n"
         "batch_size, gradient_accumulation_steps = 2, 2\n"
         "max_iters, eval_interval, log_interval = 12, 4, 2\n"
@@ -59,7 +59,7 @@ def train_on(name, text, recipe):
     """Train on a text, as bytes, with the lines of a config file -> the run's folder."""
     Path(f"{name}.txt").write_text(text, encoding="utf-8")
     prepare_data.main(["text", f"--name={name}", "--input", f"{name}.txt", "--tokenizer=byte"])
-    Path(f"{name}.py").write_text(f"dataset, device = {name!r}, 'cpu'\n{recipe}")
+    Path(f"{name}.py").write_text(f"dataset, device, dtype = {name!r}, 'cpu', 'float32'\n{recipe}")
     train.main([f"{name}.py"])
     return f"out/{name}"
 
