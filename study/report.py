@@ -24,8 +24,9 @@ PLAN = """Primary comparison: {primary}. Secondary: {secondary}.{later} Margin o
 what its seed does to all arms: {spread:g} %, so that {n} seeds find a primary difference of {found:.2f} % in four of five studies."""
 NOTE = """{loss} in nats a token after the last step: mean ± standard deviation over the measuring seeds, without runs that \
 failed: that diverged{failed}. Differences are in percent of the other arm's loss, lower is better. Usable rates: \
-within 1 % of the best one's loss over the tuning seeds that both have. MFLOP: of a training step, per token. tokens/s: measured apart, in \
-turns, relative to {baseline}."""
+within 1 % of the best one's loss over the tuning seeds that both have. MFLOP: of a training step, per token. tokens/s: \
+measured apart, in turns, relative to {baseline}."""
+RATES = "With the first tuning seed, and further ones where it could not decide; the best rate is bold."
 VERDICTS = """In brackets is the 95 % interval, by the paired t test over the seeds: for each arm at the best rate that was \
 tried, and for this data; it does not contain the error of choosing a rate. p is of no difference, for the secondary \
 comparisons Holm's; better or worse: p < 0.05. Equivalent: the interval lies within the margin. Intervals and equivalence \
@@ -40,10 +41,7 @@ def write(study, command):
     parts += ["## The plan", plan(study), "## The verdicts", verdict_table(study), VERDICTS]
     parts += ["## Each arm at its best rate", arm_table(study), note(study), lines(study)]
     parts += [f"![{loss_name(study)} against the learning rate, every run a dot](rates.svg)", rate_table(study)]
-    parts += [
-        "With the first tuning seed, and further ones where it could not decide; the best rate is bold.",
-        seed_table(study),
-    ]
+    parts += [RATES, seed_table(study)]
     draw(study)
     RunFolder(study.folder).write_text("report.md", "\n\n".join(filter(None, parts)) + "\n")
     print(f"report: {study.folder / 'report.md'}")
