@@ -176,7 +176,7 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = getattr(QUERIES[config.query_mode], "attention", Attention)(config)  # a query may name its own
+        self.attn = getattr(QUERIES[config.query_mode], "attention", Attention)(config)  # a query may bring its own
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
@@ -214,7 +214,7 @@ class GPT(nn.Module):
         elif is_gain:
             parameter.fill_(getattr(module, "init_gain", 1.0))
         elif not parameter.is_meta:  # a meta tensor has no values: the model is only built to count parameters
-            # 2 n_layer writes to the residual stream add up; so scaled, their sum does not grow with the depth.
+            # 2 n_layer writes to the residual stream add up; scaled by 1/sqrt(2 n_layer), their sum does not grow.
             writes = 2 * self.config.n_layer if name.endswith("c_proj.weight") else 1
             std = getattr(module, "init_std", 0.02) / math.sqrt(writes)
             generator = torch.Generator().manual_seed(derive_seed(seed, name))
@@ -282,7 +282,7 @@ def sample(logits, temperature, top_k, top_p, generator):
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float()
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no temperature overflows
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)  # at most 0, and never 0 / 0
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)

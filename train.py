@@ -34,10 +34,10 @@ class Settings:
     out_dir: str | None = None  # the run's folder; auto: out/<name of the config file>
     resume: bool = False  # go on with the run in out_dir
     eval_only: bool = False  # evaluate the weights (with resume: the checkpoint's) and stop; writes nothing
-    seed: int = 1337  # of weights, batches, holes and dropout, each with random numbers of its own
+    seed: int = 1337  # of weights, batches, masks and dropout, each with random numbers of its own
     # the objective
-    objective: str = "next"  # next | masked: predict the next token, or, as an encoder, tokens that are hidden
-    mask_share: float = 0.15  # masked: the share of each sequence that is hidden
+    objective: str = "next"  # next | masked: predict the next token, or, as an encoder, tokens that are masked
+    mask_share: float = 0.15  # masked: the share of each sequence that is masked
     # data
     dataset: str = "openwebtext"  # a folder in data/; see prepare_data.py
     batch_size: int = 12  # sequences in one micro-batch
@@ -78,8 +78,8 @@ def get_offsets(data, seed, step, n):
 
 
 def get_holes(data, settings, offsets, seed, *key):
-    """The tokens that are hidden in the windows at offsets (n,) -> True there, (n, block_size), for each window a pure
-    function of (seed, key, offset); None where the objective is the next token."""
+    """The masked positions of the windows at offsets (n,) -> True there, (n, block_size), for each window a pure function
+    of (seed, key, offset); None where the objective is the next token."""
     if settings.objective == "next":
         return None
     count = max(1, round(settings.mask_share * data.block_size))  # equal, so that micro-batches weigh the same
@@ -104,7 +104,7 @@ def get_batch(data, split, offsets, end, device, holes=None):
     x, y = windows[:, :-1], windows[:, 1:]
     if holes is not None:
         x, y = np.where(holes, data.vocab_size, x), np.where(holes, x, -1)
-    batch = torch.from_numpy(np.stack([x.clip(min=0), y]))
+    batch = torch.from_numpy(np.stack([x.clip(min=0), y]))  # past the end the model needs some token, too
     if device.startswith("cuda"):  # from pinned memory the copy overlaps with computation
         batch = batch.pin_memory().to(device, non_blocking=True)
     return batch.to(device).unbind()
@@ -141,7 +141,7 @@ def evaluate(objective, data, settings):
     """Mean loss in nats per token over the tokens of val.bin (the first eval_tokens), perplexity, and bits per byte of text.
 
     The windows tile the file, so that every token but the first is predicted once, whatever the batch size and the
-    number of processes. Of an encoder it is the loss in holes that are the same for every run, without bits per byte.
+    number of processes. For an encoder: the loss at masked positions, the same in every run, without bits per byte.
     """
     batch_size, val = settings.batch_size, data.meta["val"]
     n = min(val["tokens"] - 1, settings.eval_tokens or math.inf)  # tokens to predict
@@ -300,7 +300,7 @@ def train(settings, config, command):
             health += loss if scaler.is_enabled() else loss + norm  # float16 skips steps whose norm overflows
             state["step"] = step = step + 1
 
-            # Log; between evaluations only here does a GPU have to be waited for.
+            # Log. Between evaluations only this waits for the GPU.
             if step % settings.log_interval == 0 or step == 1:
                 check_finite(health, run, step, settings)
                 check_loss_scale(scaler)
@@ -321,7 +321,7 @@ def train(settings, config, command):
                 log(train_loss=loss, learning_rate=lr, grad_norm=norm, **speed, **watched)
                 timer_step, timer = step, time.perf_counter()
 
-            # Stop where a signal asks for it. One to any process stops all; the GPU is not waited for.
+            # A signal to any process stops all of them. Asking for it does not wait for the GPU.
             if sum_over_ranks(stop.number, "cpu"):
                 check_finite(health, run, step, settings)
                 save("ckpt.pt")

@@ -1,6 +1,6 @@
 # The study on two CPU cores: 0.6 million parameters, 6 million bytes of Python's standard library a run. As it stands it
-# trains the baseline; python -m study.ablate sets the arm, the rate and the seed. A run takes 10 to 12 minutes on one
-# core of an AMD EPYC (AVX2), beside another. Why this recipe: study/README.md.
+# trains the baseline; python -m study.ablate sets the arm, the rate and the seed. A run takes about 12 minutes on
+# one core of an AMD EPYC (AVX2), beside another, and 6 on an Intel Xeon's (AVX-512). Why this recipe: study/README.md.
 
 dataset = "stdlib"  # as bytes; prepared on first use
 query_mode = "linear"

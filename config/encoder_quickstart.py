@@ -1,4 +1,4 @@
-# A small encoder, on the standard library's source as in the quickstart: of each sequence 30 % is hidden, and predicted from
+# A small encoder, on the standard library's source as in the quickstart: of each sequence 30 % is masked, and predicted from
 # both sides. Two minutes on two CPU cores. Fill holes with it:
 #   python sample.py out/encoder_quickstart --prompt="def __init__(se<mask><mask>, name):"
 

@@ -18,20 +18,14 @@ from pathlib import Path
 import torch
 
 from model import GPT, QUERIES, GPTConfig
+from study import report, runs, stats
+from study.plan import Run, Study
+from study.queries import CANDIDATES, register
 from train import Settings
 from utils.checkpoint import RunFolder
 from utils.files import locked
 from utils.settings import Parser, UserError, checked, clock, convert, read_command, run_program, setting_types
 from utils.settings import split_command
-
-try:
-    from study import report, runs, stats
-    from study.plan import Run, Study
-    from study.queries import CANDIDATES, register
-except ImportError as e:
-    if e.name.partition(".")[0] not in ("scipy", "matplotlib"):
-        raise
-    sys.exit("ablate.py: a study needs scipy and matplotlib: pip install scipy matplotlib")
 
 KINDS = setting_types(Settings, GPTConfig)
 NOT_FOR_A_GRID = {"out_dir", "resume", "eval_only", "device"}
@@ -43,8 +37,6 @@ def named_arms(d):
         "identity_mlp": {"query_mode": "identity", "mlp_hidden": 9 * d // 2},  # the d² of W_Q in the MLP: of equal size
         "nonlinear_no_gelu": {"query_mode": "nonlinear", "query_activation": "none"},
         "linear_wide": {"query_mode": "linear", "mlp_hidden": 19 * d // 4},  # 12.5 % more non-embedding parameters
-        "linear_qk_norm": {"query_mode": "linear", "qk_norm": True},
-        "nonlinear_qk_norm": {"query_mode": "nonlinear", "qk_norm": True},
     }
 
 

@@ -9,10 +9,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
-from study import runs
-from study.report import COLOURS, interval, save, table
+from study import report, runs
 from utils.checkpoint import RunFolder
 from utils.settings import Parser, UserError, run_program
 
@@ -46,19 +43,19 @@ def sizes(studies):
 def size_table(found):
     """Without verdicts: they hang on the margin of each study and on what else it compares."""
     rows = [
-        [f"{parameters:,}", f"{tokens:,}", f"{row.arm} against {row.other}", interval(*row[2:5])]
+        [f"{parameters:,}", f"{tokens:,}", f"{row.arm} against {row.other}", report.interval(*row[2:5])]
         for parameters, tokens, comparisons in found
         for row in comparisons
     ]
-    return table(["non-embedding parameters", "tokens", "comparison", "log-loss"], rows)
+    return report.table(["non-embedding parameters", "tokens", "comparison", "log-loss"], rows)
 
 
 def draw(found, folder):
     """ladder.svg: each comparison's difference and its 95 % interval against the size -> its figure."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = report.Figure(figsize=(7, 4.2), layout="constrained")
     judged = [(n, row) for n, _, rows in found for row in rows if math.isfinite(row.low)]
     axes, pairs = figure.subplots(), dict.fromkeys((row.arm, row.other) for _, row in judged)
-    for number, ((arm, other), colour) in enumerate(zip(pairs, itertools.cycle(COLOURS))):
+    for number, ((arm, other), colour) in enumerate(zip(pairs, itertools.cycle(report.COLOURS))):
         points = [(n, row) for n, row in judged if (row.arm, row.other) == (arm, other)]
         x = [n * 1.04 ** (number - len(pairs) / 2) for n, _ in points]  # side by side
         y, half = [row.mean for _, row in points], [row.high - row.mean for _, row in points]
@@ -67,7 +64,7 @@ def draw(found, folder):
     axes.set(xscale="log", xlabel="non-embedding parameters", ylabel="difference of loss (%), lower is better")
     axes.legend(frameon=False, fontsize="small")
     axes.grid(alpha=0.2)
-    save(figure, folder / "ladder.svg")
+    report.save(figure, folder / "ladder.svg")
     return figure
 
 

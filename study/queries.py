@@ -158,7 +158,7 @@ def qk_normed(make):
     return QKNormQuery
 
 
-# The parameters elsewhere: is the query special? These have no dropout, biases, or norms of their own.
+# The d² parameters elsewhere: are they better spent on something else than the query?
 
 
 class GatedAttention(Attention):
@@ -170,9 +170,12 @@ class GatedAttention(Attention):
 
     def forward(self, x, cache=None):
         q, k, v = self.heads(x)
-        k, v = cache.append(k, v) if cache else (k, v)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and q.size(2) > 1)
-        return self.c_proj(y.transpose(1, 2).flatten(2) * self.gate(x).sigmoid())
+        if cache is not None:
+            k, v = cache.append(k, v)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=self.causal and q.size(2) > 1)
+        y = y.transpose(1, 2).flatten(2) * self.gate(x).sigmoid()  # (B, T, d)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
 class IdentityGatedQuery(IdentityQuery):
@@ -181,27 +184,34 @@ class IdentityGatedQuery(IdentityQuery):
     attention = GatedAttention
 
 
-class NonlinearKeyAttention(Attention):
-    """Attention whose key is (x + f(x)) / 2 and whose value is linear."""
+class NonlinearKey(nn.Module):
+    """x (B, T, d) -> key and value side by side (B, T, 2d): the key (x + f(x)) / 2, the value linear."""
 
     def __init__(self, config):
+        super().__init__()
+        self.linear, self.nonlinear = nn.Linear(config.n_embd, config.n_embd, bias=config.bias), nonlinear(config)
+
+    def forward(self, x):
+        return torch.cat((self.nonlinear(x), self.linear(x)), dim=-1)
+
+
+class NonlinearValue(NonlinearKey):
+    """The same with a linear key and the value (x + f(x)) / 2."""
+
+    def forward(self, x):
+        return torch.cat((self.linear(x), self.nonlinear(x)), dim=-1)
+
+
+class NonlinearKeyAttention(Attention):
+    def __init__(self, config):
         super().__init__(config)
-        self.key_value = nn.Linear(config.n_embd, config.n_embd, bias=False)  # what stays linear
-        self.nonlinear = nonlinear(config)
-
-    def key_and_value(self, x):
-        return self.nonlinear(x), self.key_value(x)
-
-    def heads(self, x):
-        q, (k, v) = self.query(x), self.key_and_value(x)
-        return [t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v)]
+        self.key_value = NonlinearKey(config)
 
 
-class NonlinearValueAttention(NonlinearKeyAttention):
-    """Attention whose value is (x + f(x)) / 2 and whose key is linear."""
-
-    def key_and_value(self, x):
-        return self.key_value(x), self.nonlinear(x)
+class NonlinearValueAttention(Attention):
+    def __init__(self, config):
+        super().__init__(config)
+        self.key_value = NonlinearValue(config)
 
 
 class LinearNonlinearKeyQuery(LinearQuery):

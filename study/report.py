@@ -3,14 +3,23 @@
 import itertools
 import math
 import re
+import sys
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from model import GPT, GPTConfig
-from study import stats
+
+try:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    from study import stats
+except ImportError as e:
+    if e.name.partition(".")[0] not in ("scipy", "matplotlib"):
+        raise
+    sys.exit("a study needs scipy and matplotlib: pip install scipy matplotlib")
+
 from study.plan import final_loss
 from utils.checkpoint import RunFolder
 from utils.device import flops_per_token
@@ -25,7 +34,8 @@ what its seed does to all arms: {spread:g} %, so that {n} seeds find a primary d
 NOTE = """{loss} in nats a token after the last step: mean ± standard deviation over the measuring seeds, without runs that \
 failed: that diverged{failed}. Differences are in percent of the other arm's loss, lower is better. Usable rates: \
 within 1 % of the best one's loss over the tuning seeds that both have. MFLOP: of a training step, per token. tokens/s: \
-measured apart, in turns, relative to {baseline}."""
+measured apart, in turns, relative to {baseline}. Clipped: the share of the logged steps whose gradient \
+was larger than grad_clip, the mean over the measuring seeds and the largest."""
 RATES = "With the first tuning seed, and further ones where it could not decide; the best rate is bold."
 VERDICTS = """In brackets is the 95 % interval, by the paired t test over the seeds: for each arm at the best rate that was \
 tried, and for this data; it does not contain the error of choosing a rate. p is of no difference, for the secondary \
@@ -38,8 +48,8 @@ def write(study, command):
     left = f", {study.to_go()} or more to go" if study.to_go() else ""
     parts = [f"# {study.folder.name}", f"```sh\n{command}\n```"]
     parts.append(f"{len(study.records)} runs{left}. {about([record['config'] for record in study.records.values()])}")
-    parts += ["## The plan", plan(study), "## The verdicts", verdict_table(study), VERDICTS]
-    parts += ["## Each arm at its best rate", arm_table(study), note(study), lines(study)]
+    parts += ["## The plan", plan(study), "## The verdicts", verdict_table(study), lines(study), VERDICTS]
+    parts += ["## Each arm at its best rate", arm_table(study), note(study)]
     parts += [f"![{loss_name(study)} against the learning rate, every run a dot](rates.svg)", rate_table(study)]
     parts += [RATES, seed_table(study)]
     draw(study)
@@ -108,7 +118,8 @@ def arm_table(study):
     base, rows = study.baseline, []
     folder = RunFolder(study.folder)
     speeds = folder.read_json("speed.json") if folder.holds("speed.json") else {}
-    losses = study.losses(study.measured())
+    measured = study.measured()
+    losses = study.losses(measured)
     compared = {(row.arm, row.other): interval(*row[2:5]) for row in study.compare()}
     for arm in study.arms:
         of_arm = [run for run in study.records if run.arm == arm]
@@ -122,14 +133,22 @@ def arm_table(study):
         others = [f"{words} against {b}" for (a, b), words in compared.items() if words and a == arm and b != base]
         row.append(", ".join(others))
         row.append(f"{sum(bool(study.failure(run)) for run in of_arm)} of {len(of_arm)}")
+        shares = [100 * clipped(study.records[run]) for run in measured[arm]]
+        row.append(f"{np.mean(shares):.0f} %, {max(shares):.0f} %" if shares else "")
         config = study.records[of_arm[0]]["config"]
         with torch.device("meta"):
             flops = flops_per_token(GPT(GPTConfig(**config["model"])))
         row += [f"{config['parameters'][key]:,}" for key in ("non_embedding", "query_path")] + [f"{flops / 1e6:.2f}"]
         rows.append([*row, f"{speeds[arm] / speeds[base]:.2f}" if arm in speeds else ""])
     header = ["arm", "best rate", "usable rates", f"{loss_name(study).lower()} (n)", f"against {base}"]
-    header += ["against others", "failed", "non-embedding parameters", "query path", "MFLOP", "tokens/s"]
+    header += ["against others", "failed", "clipped", "non-embedding parameters", "query path", "MFLOP", "tokens/s"]
     return table(header, rows)
+
+
+def clipped(record):
+    """The share of a run's logged steps whose gradient was clipped."""
+    limit = record["config"]["settings"]["grad_clip"] or math.inf
+    return np.mean([norm is None or norm > limit for *_, norm in record["curve"]])  # None: infinite
 
 
 def note(study):

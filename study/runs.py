@@ -28,6 +28,8 @@ PLAN = ("config", "arms", "learning_rates", "tuning_seeds", "seeds", "comparison
 def load(folder):
     """A study from what it left in its folder."""
     register()
+    if not RunFolder(folder).holds("study.json"):
+        raise UserError(f"{folder} is no study: it holds no study.json")
     told = RunFolder(folder).read_json("study.json", *PLAN, "planned")
     study = Study(**{key: told[key] for key in PLAN}, planned=told["planned"], folder=folder, devices=[None])
     read(study)
@@ -95,7 +97,7 @@ def write_plan(study, command):
 
 
 def read(study):
-    """Read the records of the study's own runs (another command may have left others), and count its n-grams once."""
+    """Read the records of the study's own runs (another command may have left others), and ngrams.json where it exists."""
     path, found = study.folder / "runs.jsonl", {}
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):
@@ -114,8 +116,8 @@ def read(study):
 
 
 def count_ngrams(study):
-    """Write ngrams.json: what n-gram counts of the tokens that the first measuring seed's runs see reach on val.bin;
-    not where the arms do not see the same."""
+    """Write ngrams.json: the loss on val.bin of n-grams, counted in the tokens that the first measuring seed's runs see.
+    Where the arms see different tokens, there is none."""
     seen, run = set(), Run(study.baseline, study.learning_rates[0], study.seeds[0])
     for arm in study.arms:
         settings, config, data = settings_of(study, run._replace(arm=arm), study.devices[0])

@@ -372,22 +372,27 @@ def test_what_other_rates_cost_as_the_text_tells_it():
         at = {rate: study.mean_loss(runs, [1]) for rate, runs in study.tuning_runs(arm).items()}
         cost[arm] = [100 * (at[rate] / min(at.values()) - 1) for rate in (4e-3, 8e-3)]
     words = "with tuning seed 1 it loses {:.1f} and {:.1f} % at 0.004 and 0.008, where".format(*cost["linear_matched"])
-    words += " the usual start loses {:.1f} and {:.1f} %".format(*cost["linear"])
+    words += " the usual one loses {:.1f} and {:.1f} %".format(*cost["linear"])
     assert words in " ".join(STUDY_README.split())
 
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
 def test_every_number_of_the_published_verdicts_computed_anew(folder):
-    """From nothing but the lines of runs.jsonl, by scipy's paired t test; also that no run failed."""
+    """From nothing but the lines of runs.jsonl, by scipy's paired t test; also what was clipped, and that no run failed."""
     ttest = pytest.importorskip("scipy.stats").ttest_rel
     told, text = json.loads((folder / "study.json").read_text()), (folder / "report.md").read_text("utf-8")
-    counts, x, rates = json.loads((folder / "ngrams.json").read_text()), {}, {}
+    counts, x, rates, shares = json.loads((folder / "ngrams.json").read_text()), {}, {}, {}
     for line in records(folder).values():
         assert np.mean([loss for _, loss, _ in line["curve"][-15:]]) < counts["3"]
-        assert line["config"]["settings"]["max_iters"] == line["summary"]["steps"] == 1500
+        settings = line["config"]["settings"]
+        assert settings["max_iters"] == line["summary"]["steps"] and settings["grad_clip"] == 1
         if line["seed"] in told["seeds"]:
             x.setdefault(line["arm"], {})[line["seed"]] = line["summary"]["final_val_loss"]
             assert rates.setdefault(line["arm"], line["learning_rate"]) == line["learning_rate"]
+            above = sum(norm > 1 for _, _, norm in line["curve"])
+            shares.setdefault(line["arm"], []).append(100 * above / len(line["curve"]))
+    for arm, found in shares.items():
+        assert re.search(rf"^\| {arm} \|.* \| {np.mean(found):.0f} %, {max(found):.0f} % \|", text, re.M)
     n = min(len(x.get(arm, ())) for arm in told["arms"])
     x = {arm: np.array([losses[seed] for seed in sorted(losses)]) for arm, losses in x.items()}
     whole = n >= 6 and n % 2 == 0 and {len(losses) for losses in x.values()} == {n}

@@ -20,9 +20,9 @@ def registered():
     register()
 
 
-def attention(mode, random=True):
+def attention(mode, random=True, **settings):
     """The attention layer of a candidate in float64, as it starts or with all parameters random."""
-    layer = GPT(replace(CONFIG, query_mode=mode)).double().blocks[0].attn
+    layer = GPT(replace(CONFIG, query_mode=mode, **settings)).double().blocks[0].attn
     generator = torch.Generator().manual_seed(0)
     for parameter in layer.parameters() if random else ():
         parameter.data.normal_(0.3, 0.5, generator=generator)
@@ -98,11 +98,11 @@ def test_each_candidate_computes_its_formula(mode, x):
     w, q = {name: parameter.numpy() for name, parameter in layer.named_parameters()}, layer.query(x).numpy()
     of_query = {name.removeprefix("query."): value for name, value in w.items()}
     np.testing.assert_allclose(q, FORMULAS[mode](z, of_query), rtol=0, atol=1e-12)
-    key_value = z @ w["key_value.weight"].T
-    k, v = np.split(key_value, 2, -1) if key_value.shape[-1] == 2 * D else (key_value, key_value)
     if mode in ("nonlinear_key", "nonlinear_value"):
-        residual = (z + f(z, w, "nonlinear.")) / 2
-        k, v = (residual, v) if mode == "nonlinear_key" else (k, residual)
+        linear, residual = z @ w["key_value.linear.weight"].T, (z + f(z, w, "key_value.nonlinear.")) / 2
+        k, v = (residual, linear) if mode == "nonlinear_key" else (linear, residual)
+    else:
+        k, v = np.split(z @ w["key_value.weight"].T, 2, -1)
     if mode == "nonlinear_per_head" or mode.endswith("qk_gain"):
         k = per_head(k)
     y = []
@@ -116,6 +116,14 @@ def test_each_candidate_computes_its_formula(mode, x):
         y = y * sigmoid(z @ w["gate.weight"].T)
     # As a Block calls it, with a cache or None.
     np.testing.assert_allclose(layer(x, None).numpy(), y @ w["c_proj.weight"].T, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_candidate_ignores_dropout_and_qk_norm(mode, x):
+    layer = attention(mode, dropout=0.5)
+    assert not torch.equal(layer(x), layer(x))
+    _, k, _ = attention(mode, qk_norm=True).heads(x)
+    torch.testing.assert_close(k.square().mean(-1), torch.ones_like(k[..., 0]), rtol=0, atol=1e-2)
 
 
 IDENTITY_AT_FIRST = {"linear_anchored", "nonlinear_zero", "gated", "temperature", "swiglu", "identity_gated"}

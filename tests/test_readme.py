@@ -33,7 +33,7 @@ def commands(text):
 
 
 COMMANDS = commands(README)
-OF_THE_FORK = [line for line in COMMANDS if "gated" in line]  # what the recipe adds is not here
+OF_THE_FORK = [line for line in COMMANDS if "sigmoid" in line]  # what the recipe adds is not here
 PARSERS = {
     "train.py": lambda words: read_command(words, train.Settings, GPTConfig),
     "sample.py": sample.read_options,
@@ -123,13 +123,13 @@ def test_the_recipe_for_a_query_of_ones_own(tiny_config):
     test_line, train_line, ablate_line = (shlex.split(line)[1:] for line in OF_THE_FORK)
     assert "4 passed" in python(*test_line, cwd=fork)
     python(fork / train_line[0], tiny_config, *train_line[2:])
-    record = json.loads(Path("out/gated/config.json").read_text())
-    assert record["model"]["query_mode"] == "gated" and record["parameters"]["query_path"] == 2 * 16**2
-    assert Path("out/gated/summary.json").exists()
+    record = json.loads(Path("out/sigmoid/config.json").read_text())
+    assert record["model"]["query_mode"] == "sigmoid" and record["parameters"]["query_path"] == 2 * 16**2
+    assert Path("out/sigmoid/summary.json").exists()
     pytest.importorskip("scipy", reason="a study needs scipy")
     pytest.importorskip("matplotlib", reason="a study needs matplotlib")
     words = [tiny_config, *ablate_line[3:], "--dry-run"]
-    assert "query_mode=gated" in python("-m", "study.ablate", *words)
+    assert "query_mode=sigmoid" in python("-m", "study.ablate", *words)
 
 
 def test_the_configs_and_the_parameters_in_the_tables():
