@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig, derive_seed
@@ -200,7 +201,7 @@ def train_step(objective, optimizer, scaler, data, settings, step):
     n_micro_batches = settings.gradient_accumulation_steps // world_size()  # of this process
     mean_loss = torch.zeros((), device=settings.device)
     for number, (x, y) in enumerate(get_micro_batches(data, settings, step), 1):
-        if world_size() > 1:  # processes exchange gradients once a step, after the last micro-batch
+        if dist.is_initialized():  # processes exchange gradients once a step, after the last micro-batch
             objective.require_backward_grad_sync = number == n_micro_batches
         with autocast(settings):
             loss = objective(x, y) / n_micro_batches
@@ -266,7 +267,7 @@ def train(settings, config, command):
         if settings.compile:
             objective.compile()  # in place, so that the names of the weights stay as they are
         devices = None if settings.device == "cpu" else [settings.device]
-        replica = DistributedDataParallel(objective, device_ids=devices) if world_size() > 1 else objective
+        replica = DistributedDataParallel(objective, device_ids=devices) if dist.is_initialized() else objective
         first_step = state["step"]  # of this session
         health = torch.zeros((), device=settings.device)  # the sum of losses and norms: finite as long as each was
 
@@ -335,7 +336,7 @@ def train(settings, config, command):
 def main(argv=None, program=("train.py",)):
     argv = sys.argv[1:] if argv is None else argv
     if "-h" in argv or "--help" in argv:
-        print(__doc__, "settings:", list_settings(Settings), sep="\n")
+        print(__doc__, "settings, as they are where no file or flag gives them:", list_settings(Settings), sep="\n")
         print("\nsettings of the model:", list_settings(GPTConfig), sep="\n")
         return 0
     settings, config = read_command(argv, Settings, GPTConfig)

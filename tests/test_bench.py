@@ -4,8 +4,13 @@ counts is compared with formulas, and with real steps of small models."""
 import importlib.util
 import itertools
 import json
+import math
 import multiprocessing
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -58,29 +63,68 @@ REHEARSAL = ["gpu", "--shape=tiny", "--device=cpu", "--dtype=bfloat16", "--repea
 def test_the_runbook_is_rehearsed():
     assert bench.main(REHEARSAL) == 0
     book, text = json.loads(Path("r/gpu.json").read_text()), Path("r/gpu.md").read_text()
-    steps = ["gradients", "model_tests", "speed", "training", "resume", "generation"]
-    assert list(book) == ["about", *steps] and "failed" not in text
-    assert all(f"## {step}\n" in text and book[step]["rows"] for step in steps)
-    undisturbed, stopped = (row["training loss"] for row in book["resume"]["rows"])
-    assert undisturbed == pytest.approx(stopped, rel=1e-6)
-    assert "passed" in book["model_tests"]["rows"][0]["result"]
+    assert list(book) == ["about", *runbook.STEPS] and "failed" not in text
+    assert all(f"## {step}\n" in text and book[step]["rows"] for step in runbook.STEPS)
+    first, *others = (row["last"] for row in book["resume"]["rows"])
+    assert others == pytest.approx([first] * 2, rel=1e-6)
+    assert "passed" in book["model_tests"]["rows"][0]["result"] and len(book["gradients"]["rows"]) == 6
+    for row in book["speed, batch 60"]["rows"]:
+        assert row["loss"] == pytest.approx(math.log(65), rel=0.01)  # of weights that have learned nothing
 
 
-def test_the_runbook_stops_where_the_gradients_are_wrong_and_at_no_other_failure(monkeypatch, capsys):
-    def gradients(options, settings):
-        """A compiled step against an eager one."""
-        return [{"query": "linear", "right": right}]
+# Steps for the next tests: each is taken in another process, which has to find it in this file.
 
-    def generation(options, settings):
-        """Tokens a second."""
-        raise RuntimeError("no memory")
 
-    monkeypatch.setattr(runbook, "STEPS", (gradients, generation))
-    for right, status, rows in ((True, 0, [{"failed": "RuntimeError: no memory"}]), (False, 1, None)):
-        assert bench.main(REHEARSAL) == status
+def a_check(options, settings, right):
+    """Gradients."""
+    yield {"query": "linear", "right": right}
+
+
+def what_is_compiled(options, settings):
+    """Settings."""
+    yield {"compile": settings.compile}
+
+
+def no_memory(options, settings):
+    """Half a table."""
+    yield {"batch": 60}
+    raise RuntimeError("no memory")
+
+
+def killed(options, settings):
+    """Half a table."""
+    yield {"batch": 60}
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def hung(options, settings, pipe):
+    """A step whose own process never ends."""
+    with open(pipe, "w") as f:
+        yield {"child": "sleeps"}
+        subprocess.run([sys.executable, "-c", "import time; time.sleep(1000)"], stdout=f)
+
+
+def test_the_runbook_goes_on_after_a_failure_and_keeps_what_there_is(monkeypatch, capsys):
+    for right in (True, False):
+        steps = {"gradients": (a_check, right), "1": (no_memory,), "2": (what_is_compiled,)}
+        monkeypatch.setattr(runbook, "STEPS", steps)
+        assert bench.main([*REHEARSAL, "--compile=true"]) == int(not right)
         book = json.loads(Path("r/gpu.json").read_text())
-        assert book.get("generation", {}).get("rows") == rows
-    assert "nothing else is measured" in capsys.readouterr().out
+        assert book["1"]["rows"] == [{"batch": 60}, {"failed": "RuntimeError: no memory"}]
+        assert book["2"]["rows"] == [{"compile": right}]
+    assert "what follows is not compiled" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_runbook_survives_a_step_that_is_killed_and_ends_one_that_hangs():
+    book = [*runbook.in_a_process(60, killed, None, None)]
+    assert book == [{"batch": 60}, {"failed": f"exit status {-signal.SIGSEGV}"}]
+    os.mkfifo("pipe")
+    reader = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)
+    book = [*runbook.in_a_process(20, hung, None, None, Path("pipe").absolute())]
+    assert book == [{"child": "sleeps"}, {"failed": "cut off after 20 s"}]
+    assert os.read(reader, 1) == b""  # the end: nobody is left who could write
+    os.close(reader)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
     train    training in the three query modes: tokens/s, share of what matrix products alone reach, first step, memory
     sample   greedy generation in the three query modes
     data     from an archive of OpenWebText to tokens, against tiktoken alone (in bench_data.py)
-    gpu      all that is to be known of this project on a GPU, in nine minutes (in runbook.py)
+    gpu      all that is to be known of this project on a GPU, in ten minutes (in runbook.py)
     plan     measures nothing: what a recipe takes on other machines (in plan.py; plan --help tells its own options)
 
 --peer adds Hugging Face's GPT2LMHeadModel of the same shape (pip install transformers). What is compared runs in
@@ -66,7 +66,7 @@ def make_model(name, shape):
 
 
 def make_training(name, shape, settings):
-    """A function that takes n steps of train.py with a new model, and waits for the device."""
+    """A function that takes n steps of train.py with a new model, and waits for the device -> the last one's loss and norm."""
     data, model = random_tokens(shape), make_model(name, shape).to(settings.device)
     optimizer = train.make_optimizer(model, settings)
     scaler = torch.amp.GradScaler(settings.device.split(":")[0], enabled=settings.dtype == "float16")
@@ -78,8 +78,8 @@ def make_training(name, shape, settings):
 
     def take_steps(n):
         for step in range(n):
-            loss, _ = train.train_step(objective, optimizer, scaler, data, settings, step)
-        loss.item()
+            loss, norm = train.train_step(objective, optimizer, scaler, data, settings, step)
+        return loss.item(), norm.item()
 
     return take_steps
 

@@ -1,11 +1,12 @@
-"""What `python -m tools.bench gpu` does: all that is to be known of this project on a GPU, in under nine minutes.
+"""What `python -m tools.bench gpu` does: all that is to be known of this project on a GPU, in under ten minutes.
 
-It begins with what makes the rest worthless if it is wrong, and writes gpu.json and gpu.md anew after each step, so that
-a run that is cut off keeps what it has. On a CPU, with --shape tiny, it is a rehearsal.
+Each step runs in a process of its own, since an error on CUDA, a profiler or a setting of torch's spoils what comes after
+it. The first steps tell whether the rest is worth anything. gpu.json and gpu.md are written anew after each step, so that a
+run that is cut off keeps what it has. On a CPU, with --shape tiny, it is a rehearsal.
 """
 
-import gc
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -13,11 +14,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import torch
+from torch.nn.functional import cosine_similarity
 
 from model import GPT, QUERIES, GPTConfig
 from tools.bench import PEER, SHAPES, make_model, make_training
@@ -28,31 +31,60 @@ from utils.files import new_file
 from utils.generation import for_generation, formats
 
 ROOT = Path(__file__).parent.parent
+SECONDS = 540  # no step goes on after so many
+SECONDS_OF_A_STEP = 200  # so that one that hangs leaves time for the others
 # Parts of kernels' names, and what these kernels do; the first that fits counts.
 KERNELS = {"attention": "flash|fmha|sdpa|attention", "products": "gemm|cutlass|nvjet|mm_|cublas", "optimizer": "adam"}
 KERNELS |= {"loss": "softmax|nll|cross_entropy", "norms and other pointwise": "triton"}
 
 
 def run(options, settings):
-    """Take all steps -> exit status; 1 where the gradients are wrong."""
+    """Take all steps -> exit status; 1 where the gradients are wrong, and then nothing after them is compiled."""
     about = {"device": device_name(settings.device), "torch": torch.__version__, "dtype": settings.dtype}
     book, started = {"about": about | {"shape": options.shape, "compile": settings.compile}}, time.perf_counter()
-    for step in STEPS:
+    for name, (step, *arguments) in STEPS.items():
         began = time.perf_counter()
-        try:
-            rows = step(options, settings)
-        except Exception as e:  # the steps after it are worth having all the same
-            rows = [{"failed": f"{type(e).__name__}: {str(e)[:300]}"}]
-        found = {"what": step.__doc__.splitlines()[0], "rows": rows, "seconds": time.perf_counter() - began}
-        book[step.__name__] = found
-        free_memory()
+        left = min(SECONDS_OF_A_STEP, started + SECONDS - began)
+        rows = [*in_a_process(left, step, options, settings, *arguments)] if left > 0 else [{"failed": "no time left"}]
+        book[name] = {"what": step.__doc__.splitlines()[0], "rows": rows, "seconds": time.perf_counter() - began}
         write(book, options.out)
-        print(to_markdown(step.__name__, found), flush=True)
-        if step.__name__ == "gradients" and any(not row.get("right") for row in rows):
-            print("the gradients are wrong: nothing else is measured")
-            return 1
+        print(to_markdown(name, book[name]), flush=True)
+        if name == "gradients" and not all(row.get("right") for row in rows):
+            print("the gradients are not right: what follows is not compiled, and says little", flush=True)
+            settings = replace(settings, compile=False)
     print(f"written to {options.out}/gpu.json and gpu.md in {time.perf_counter() - started:.0f} s")
-    return 0
+    return int(not all(row.get("right") for row in book["gradients"]["rows"]))
+
+
+def in_a_process(seconds, step, *arguments):
+    """Take a step in a process of its own, and yield its rows, one by one; the last one tells why it failed, if it did."""
+    receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(target=send, args=(sender, step, *arguments))
+    process.start()
+    sender.close()  # so that the end of the process is the end of the pipe
+    deadline = time.perf_counter() + seconds
+    try:
+        while receiver.poll(max(0, deadline - time.perf_counter())):
+            yield receiver.recv()
+        yield {"failed": f"cut off after {seconds:.0f} s"}
+    except EOFError:
+        process.join()
+        if process.exitcode:
+            yield {"failed": f"exit status {process.exitcode}"}
+    finally:
+        with suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)  # and the processes that it started
+        process.kill()
+        process.join()
+
+
+def send(sender, step, *arguments):
+    os.setsid()
+    try:
+        for row in step(*arguments):
+            sender.send(row)
+    except Exception as e:
+        sender.send({"failed": f"{type(e).__name__}: {str(e)[:300]}"})
 
 
 def write(book, folder):
@@ -64,84 +96,69 @@ def write(book, folder):
             f.write(f"{text}\n".encode())
 
 
-def free_memory():
-    """Give the GPU's memory back, which the next step, or a process that it starts, may need."""
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
 def to_markdown(name, step):
-    """A heading, a sentence and a table; rows are dicts with the same keys."""
-    lines, header = [f"## {name}", f"{step['what']} ({step['seconds']:.0f} s)"], list(step["rows"][0])
-    table = [header, ["---"] * len(header), *([words(row.get(key)) for key in header] for row in step["rows"])]
-    return "\n\n".join([*lines, "\n".join(f"| {' | '.join(cells)} |" for cells in table)])
+    """A heading, a sentence and a table with a column for each key of the rows."""
+    header = [*dict.fromkeys(key for row in step["rows"] for key in row)]
+    table = [header, ["---"] * len(header), *([words(row.get(key, "")) for key in header] for row in step["rows"])]
+    lines = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+    return f"## {name}\n\n{step['what']} ({step['seconds']:.0f} s)\n\n{lines}"
 
 
 def words(value):
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.5g}"
     return str(value)
 
 
 # ---------------------------------------------------------------------------------------------------
-# The steps. Each returns the rows of its table.
+# The steps. Each yields the rows of its table.
 
 
 def gradients(options, settings):
-    """A compiled step in the number format of training against an eager one in float32: loss and gradients."""
-    shape, rows = {**SHAPES[options.shape], "n_layer": 2}, []
+    """A step in the number format of training, eager and compiled, against one in float32: loss, and each gradient."""
+    shape = {**SHAPES[options.shape], "n_layer": 2}
     idx = torch.randint(shape["vocab_size"], (4, shape["block_size"] + 1), device=settings.device)
     for mode in QUERIES:
-        found = []
-        for dtype, compiled in (("float32", False), (settings.dtype, True)):
+        found = {}
+        for dtype, compiled in (("float32", False), (settings.dtype, False), (settings.dtype, True)):
             objective = Objective(GPT(GPTConfig(query_mode=mode, **shape)).to(settings.device))
             if compiled:
                 objective.compile(fullgraph=True)
             with autocast(replace(settings, dtype=dtype)):
                 loss = objective(idx[:, :-1], idx[:, 1:].contiguous())
             loss.backward()
-            found.append((loss.item(), torch.cat([p.grad.flatten() for p in objective.parameters()])))
-        (exact, gradient), (loss, other) = found
-        cosine = torch.nn.functional.cosine_similarity(gradient, other, dim=0).item()
-        right = cosine > 0.99 and abs(loss / exact - 1) < 0.01 and 0.9 < (other.norm() / gradient.norm()).item() < 1.1
-        row = {"query": mode, "loss": loss, "eager float32": exact, "cosine of gradients": cosine, "right": right}
-        rows.append(row)
-    return rows
+            gradients = {name: p.grad.double().flatten() for name, p in objective.named_parameters()}
+            exact_loss, exact = found.setdefault("exact", (loss.item(), gradients))
+            if gradients is exact:
+                continue
+            # One by one: all together the query's are too small a part to be seen.
+            cosines = {name: cosine_similarity(exact[name], g, dim=0).item() for name, g in gradients.items()}
+            ratios = [(g.norm() / exact[name].norm()).item() for name, g in gradients.items()]
+            right = all(cosine > 0.99 for cosine in cosines.values()) and all(0.9 < ratio < 1.1 for ratio in ratios)
+            right = right and abs(loss.item() / exact_loss - 1) < 0.01
+            worst, ratio = min(cosines, key=cosines.get), max(ratios, key=lambda ratio: abs(ratio - 1))
+            row = {"query": mode, "compiled": compiled, "loss": loss.item(), "in float32": exact_loss}
+            yield row | {"smallest cosine": cosines[worst], "of": worst, "ratio of norms": ratio, "right": right}
 
 
 def model_tests(options, settings):
     """test_model.py with the model on this device."""
     environment = {**os.environ, "TEST_DEVICE": settings.device}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "test_model.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "test_model.py"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    return [{"result": (done.stdout.strip() or done.stderr.strip()).splitlines()[-1]}]
+    lines = (done.stdout.strip() or done.stderr.strip()).splitlines()
+    yield from ({"result": line} for line in [lines[-1], *(line for line in lines if line.startswith("FAILED"))])
 
 
-def speed(options, settings):
-    """Training, in turns; MFU as PaLM's appendix B counts operations. The profile is of the last query of a batch."""
-    rows = []
-    batches = {60: [*QUERIES], 12: ["linear", "nonlinear"], 120: ["nonlinear"]}
-    if options.shape == "tiny":
-        batches = {2: [*QUERIES]}
-    if options.peer:
-        next(iter(batches.values())).insert(0, PEER)
-    for batch, names in batches.items():
-        torch.compiler.reset()  # else what was compiled for another batch size would make this one general
-        try:
-            rows += speed_of_batch(names, SHAPES[options.shape], replace(settings, batch_size=batch), options.repeats)
-        except torch.OutOfMemoryError:
-            rows.append({"batch": batch, "query": "out of memory"})
-        free_memory()
-    return rows
-
-
-def speed_of_batch(names, shape, settings, repeats):
-    """A row for each name."""
-    on_cuda, peak, rows = settings.device.startswith("cuda"), peak_tflops(settings.device), []
+def speed(options, settings, batch_size, names):
+    """Training, in turns; MFU as PaLM's appendix B counts operations. Loss and norm are the first step's."""
+    settings, shape = replace(settings, batch_size=2 if options.shape == "tiny" else batch_size), SHAPES[options.shape]
+    names = [PEER, *names] if options.peer else names
+    on_cuda, peak = settings.device.startswith("cuda"), peak_tflops(settings.device)
     trainings = {name: make_training(name, shape, settings) for name in names}
-    first = {name: timed(take_steps, 1)[0] for name, take_steps in trainings.items()}
+    first = {name: timed(take_steps, 1) for name, take_steps in trainings.items()}
     seconds, memory = {name: [] for name in names}, {}
-    for _ in range(repeats):
+    for _ in range(options.repeats):
         for name, take_steps in trainings.items():
             idle = torch.cuda.memory_allocated(settings.device) if on_cuda else 0  # weights and moments of all models
             if on_cuda:
@@ -154,31 +171,31 @@ def speed_of_batch(names, shape, settings, repeats):
         sequences = settings.batch_size * settings.gradient_accumulation_steps
         rate = sequences * shape["block_size"] / median(seconds[name])
         own = 12 * sum(p.numel() for p in model.parameters()) if on_cuda else 0
-        row = {"batch": settings.batch_size, "query": name, "tokens/s": rate}
-        row["MFU"] = rate * flops_per_token(model) / (peak * 1e12) if peak else None
-        row |= {"first step, s": first[name], "memory, GB": (memory[name] + own) / 1e9, "profile": ""}
-        rows.append(row)
-    rows[-1]["profile"] = profile(trainings[names[-1]], settings.device)
-    return rows
+        row = {"batch": settings.batch_size, "query": name, "loss": first[name][1][0], "norm": first[name][1][1]}
+        row |= {"tokens/s": rate, "MFU": rate * flops_per_token(model) / (peak * 1e12) if peak else ""}
+        yield row | {"first step, s": first[name][0], "memory, GB": (memory[name] + own) / 1e9}
 
 
-def profile(take_steps, device):
-    """{what kernels do: their share of the time of a step}, and the share in which the device idles."""
+def profile(options, settings, batch_size, name):
+    """What the kernels of a training step do: their share of its time, and the share in which the device idles."""
+    settings = replace(settings, batch_size=2 if options.shape == "tiny" else batch_size)
+    take_steps, on_cuda = make_training(name, SHAPES[options.shape], settings), settings.device.startswith("cuda")
+    take_steps(3)
     with torch.profiler.profile() as profiler:
         wall, _ = timed(take_steps, 1)
-    shares, on_cuda = dict.fromkeys([*KERNELS, "other"], 0.0), device.startswith("cuda")
+    shares = dict.fromkeys([*KERNELS, "other"], 0.0)
     for event in profiler.key_averages():
         if on_cuda and (event.device_type == torch.autograd.DeviceType.CPU or event.is_user_annotation):
             continue  # what a kernel takes is told again of the operation that started it
         on_device = event.self_device_time_total if on_cuda else event.self_cpu_time_total
         kind = next((kind for kind, names in KERNELS.items() if re.search(names, event.key, re.I)), "other")
         shares[kind] += on_device / 1e6 / wall
-    return {kind: round(share, 3) for kind, share in shares.items()} | {"idle": round(1 - sum(shares.values()), 3)}
+    yield {"query": name, **{kind: round(share, 3) for kind, share in shares.items()}, "idle": 1 - sum(shares.values())}
 
 
-def train(folder, *flags, stop_after=None):
+def train(folder, *flags, stop_after=None, launcher=()):
     """Run train.py with the quickstart -> {key: {step: value}} of metrics.jsonl. stop_after: a line to stop it at."""
-    command = [sys.executable, ROOT / "train.py", "--eval_tokens=100000", f"--out_dir={folder}", *flags]
+    command = [sys.executable, *launcher, ROOT / "train.py", "--eval_tokens=100000", f"--out_dir={folder}", *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         for line in process.stdout:
             last = line
@@ -190,43 +207,58 @@ def train(folder, *flags, stop_after=None):
     return {key: {line["step"]: line[key] for line in lines if key in line} for key in ("train_loss", "val_loss")}
 
 
-def small_run(options):
+def small_run(options, settings):
     steps = 20 if options.shape == "tiny" else 300
-    return [f"--max_iters={steps}", f"--lr_decay_iters={steps}", f"--eval_interval={steps}", "--log_interval=10"]
+    flags = [f"--max_iters={steps}", f"--lr_decay_iters={steps}", f"--eval_interval={steps}", "--log_interval=10"]
+    return [*flags, f"--device={settings.device}", f"--dtype={settings.dtype}", f"--compile={settings.compile}"]
 
 
 def training(options, settings):
-    """The first steps of config/quickstart.py on the CPU in float32, and here as it is trained here."""
-    rows = []
-    for device, flags in (("cpu", ["--dtype=float32"]), (settings.device, [])):
+    """The first steps of config/quickstart.py by train.py: on the CPU, and here in float32 and as larger models train."""
+    on_cpu = replace(settings, device="cpu", dtype="float32", compile=False)
+    for made in (on_cpu, replace(settings, dtype="float32"), settings):
         with tempfile.TemporaryDirectory() as folder:
-            losses = list(train(folder, *small_run(options), f"--device={device}", *flags)["val_loss"].values())
-        rows.append({"device": device, "validation loss before": losses[0], "after": losses[-1]})
-    return rows
+            seconds, losses = timed(train, folder, *small_run(options, made))
+        before, *_, after = losses["val_loss"].values()
+        row = {"device": made.device, "dtype": made.dtype, "validation loss before": before, "after": after}
+        yield row | {"seconds": seconds}
 
 
 def resume(options, settings):
-    """A run that is stopped by a signal and resumed, against one that is not: training loss at the end."""
-    flags, rows = [*small_run(options), f"--device={settings.device}"], []
-    for stop_after in (None, "step 10/"):
+    """A run, the same stopped and resumed, and the same as one process of torchrun's: training losses."""
+    flags, torchrun = (
+        small_run(options, settings),
+        ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"),
+    )
+    for name, more in {
+        "undisturbed": {},
+        "resumed": {"stop_after": "step 10/"},
+        "torchrun": {"launcher": torchrun},
+    }.items():
         with tempfile.TemporaryDirectory() as folder:
-            losses = train(folder, *flags, stop_after=stop_after)
-            if stop_after:
+            losses = train(folder, *flags, **more)
+            if name == "resumed":
                 losses = train(folder, *flags, "--resume")
-        rows.append({"stopped": bool(stop_after), "training loss": list(losses["train_loss"].values())[-1]})
-    return rows
+        yield {
+            "run": name,
+            "loss after 20 steps": losses["train_loss"][20],
+            "last": [*losses["train_loss"].values()][-1],
+        }
 
 
 def generation(options, settings):
     """Greedy generation of one text: tokens a second."""
-    rows, shape = [], SHAPES[options.shape]
+    shape = SHAPES[options.shape]
     prompt, n = torch.zeros(1, 1, dtype=torch.long, device=settings.device), min(200, shape["block_size"] - 1)
     for mode in QUERIES:
         for dtype in formats(settings.device):
             model = for_generation(GPT(GPTConfig(query_mode=mode, **shape)).to(settings.device), dtype)
             best = min(timed(lambda: model.generate(prompt, n, temperature=0).cpu())[0] for _ in range(3))
-            rows.append({"query": mode, "weights": dtype, "tokens/s": n / best})
-    return rows
+            yield {"query": mode, "weights": dtype, "tokens/s": n / best}
 
 
-STEPS = (gradients, model_tests, speed, training, resume, generation)
+# What would be missed most comes first.
+STEPS = {"gradients": (gradients,), "model_tests": (model_tests,), "training": (training,)}
+STEPS |= {"speed, batch 60": (speed, 60, [*QUERIES]), "resume": (resume,), "generation": (generation,)}
+STEPS |= {"profile": (profile, 60, "nonlinear"), "speed, batch 120": (speed, 120, ["nonlinear"])}
+STEPS |= {"speed, batch 12": (speed, 12, ["linear", "nonlinear"])}

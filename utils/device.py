@@ -132,7 +132,7 @@ def processes(settings):
         if on_cuda:
             torch.cuda.set_device(settings.device)
             torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
-        if n > 1:
+        if n > 1 or "RANK" in os.environ:  # torchrun sets it
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
         yield
     if dist.is_initialized():
