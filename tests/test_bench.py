@@ -1,6 +1,7 @@
 """tools/bench.py runs to its end and measures every model; no number that depends on the machine is tested. What a plan
 counts is compared with formulas, and with real steps of small models."""
 
+import argparse
 import importlib.util
 import itertools
 import json
@@ -70,6 +71,18 @@ def test_the_runbook_is_rehearsed():
     assert "passed" in book["model_tests"]["rows"][0]["result"] and len(book["gradients"]["rows"]) == 6
     for row in book["speed, batch 60"]["rows"]:
         assert row["loss"] == pytest.approx(math.log(65), rel=0.01)  # of weights that have learned nothing
+
+
+def test_the_runbook_sees_a_wrong_gradient_of_the_query_alone(monkeypatch):
+    def compile_wrongly(objective, **_):
+        for name, parameter in objective.named_parameters():
+            if "query.w_q" in name:
+                parameter.register_hook(torch.zeros_like)
+
+    monkeypatch.setattr(train.Objective, "compile", compile_wrongly)
+    settings = resolve(train.Settings(device="cpu", dtype="bfloat16"))
+    rows = runbook.gradients(argparse.Namespace(shape="tiny"), settings)
+    assert [(row["query"], row["compiled"]) for row in rows if not row["right"]] == [("linear", True)]
 
 
 # Steps for the next tests: each is taken in another process, which has to find it in this file.
