@@ -318,12 +318,30 @@ def test_generation_depends_on_its_own_generator_alone():
     assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
 
 
-def test_dropout_acts_in_training_only():
-    model = small(dropout=0.5)
-    idx = tokens(1, 8)
-    assert torch.equal(model(idx)[0], model(idx)[0])
-    model.train()
-    assert not torch.equal(model(idx)[0], model(idx)[0])
+def test_generation_heeds_each_option_of_sampling():
+    model, prompt = small(scale=1.0), tokens(2, 3)
+    likeliest = model.generate(prompt, 30, temperature=0)
+    for option in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-6}):
+        assert torch.equal(model.generate(prompt, 30, **option), likeliest), option
+    assert not torch.equal(model.generate(prompt, 30), likeliest)
+    assert next(model.generate_tokens(prompt, 1)).is_inference()
+
+
+def test_dropout_acts_at_each_of_its_places_and_in_training_only():
+    model, zeros = small(dropout=0.5), {}
+
+    def share_of_zeros(name):
+        return lambda module, given, *result: zeros.update({name: (*given, *result)[-1].eq(0).double().mean().item()})
+
+    block = model.blocks[0]
+    block.ln_1.register_forward_pre_hook(share_of_zeros("embedding"))
+    block.attn.c_proj.register_forward_pre_hook(share_of_zeros("attention weights"))  # the only one of a single token
+    block.attn.register_forward_hook(lambda module, given, y: zeros.update(attention=y.eq(0).double().mean().item()))
+    block.mlp.register_forward_hook(share_of_zeros("MLP"))
+    for training, share in ((False, 0.0), (True, 0.5)):
+        model.train(training)(tokens(500, 1))
+        places = ("embedding", "attention weights", "attention", "MLP")
+        assert zeros == dict.fromkeys(places, pytest.approx(share, abs=0.07))
 
 
 @pytest.mark.parametrize("mode", MODES)

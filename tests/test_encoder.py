@@ -157,9 +157,9 @@ def test_a_run_from_before_there_were_encoders_is_a_decoder(tiny_config, whole_r
 def a_reader():
     """out/abc: an encoder that has read one line over and over."""
     recipe = (
-        "dtype, objective, mask_share = 'float32', 'masked', 0.4\n"
-        "n_layer, n_head, n_embd, block_size, batch_size, gradient_accumulation_steps = 1, 4, 32, 8, 32, 1\n"
-        "max_iters, warmup_iters, learning_rate, lr_schedule, eval_tokens = 200, 5, 3e-2, 'linear', 200\n"
+        "dtype, objective, mask_share = 'float32', 'masked', 0.3\n"
+        "n_layer, n_head, n_embd, block_size, batch_size, gradient_accumulation_steps = 1, 4, 64, 8, 32, 1\n"
+        "max_iters, warmup_iters, learning_rate, lr_schedule, eval_tokens = 400, 5, 1e-2, 'linear', 200\n"
     )
     return train_on("abc", "abc_xyz\n" * 400, recipe)
 

@@ -1,6 +1,7 @@
 """Runs that are killed, disks that are full, files that are damaged: nothing is lost, nothing wrong let through."""
 
 import copy
+import os
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ import train
 from utils.settings import UserError
 from conftest import assert_same, assert_same_run, checkpoint, run, start
 from utils.checkpoint import RunFolder, reading
+from utils.files import new_file
 
 LONG = ["--max_iters=100000", "--eval_interval=50000", "--eval_tokens=16"]
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and POSIX signals")
@@ -127,12 +129,32 @@ def test_memory_that_runs_out_while_reading_is_not_blamed_on_the_file():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def test_token_ids_beyond_the_vocabulary_are_never_trained_on(tiny_config):
+def test_a_file_is_on_the_disk_before_it_has_its_name(monkeypatch):
+    done, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: done.append(os.fstat(fd).st_size))
+    monkeypatch.setattr(os, "replace", lambda *names: (done.append("named"), replace(*names)))
+    with new_file(Path("f")) as f:
+        f.write(b"12345")
+    assert done == [5, "named"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGPIPE")
+def test_a_reader_that_has_seen_enough_ends_a_program_quietly():
+    lines = "from utils.settings import run_program\n\ndef main():\n    while True:\n        print('x' * 99)\n\nrun_program(main)"
+    Path("p.py").write_text(lines)
+    process = start("p.py")
+    process.stdout.readline()
+    process.stdout.close()
+    assert (process.wait(60), process.stderr.read()) == (141, "")
+
+
+@pytest.mark.parametrize("beyond", [18, 200])
+def test_token_ids_beyond_the_vocabulary_are_never_trained_on(beyond, tiny_config):
     path = Path("data/tiny/train.bin")
     ids = bytearray(path.read_bytes())
-    ids[500:] = bytes([200]) * (len(ids) - 500)
+    ids[500:] = bytes([beyond]) * (len(ids) - 500)
     path.write_bytes(ids)
-    with pytest.raises(UserError, match="data/tiny/train.bin holds the token id 200, but its vocabulary has 18"):
+    with pytest.raises(UserError, match=f"data/tiny/train.bin holds the token id {beyond}, but its vocabulary has 18"):
         train.main([tiny_config])
     assert not Path("out/tiny/ckpt.pt").exists()
 

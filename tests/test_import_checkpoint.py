@@ -8,6 +8,7 @@ import torch
 
 import sample
 import train
+from conftest import files
 from test_model import gelu_ref, norm_ref
 from tools import import_checkpoint
 from utils.checkpoint import RunFolder
@@ -113,6 +114,22 @@ def test_an_imported_run_samples_evaluates_and_trains(objective, tiny_data, caps
     after = RunFolder("out/x").load("ckpt.pt")
     assert after["state"]["step"] == 3
     assert not torch.equal(before["blocks.0.attn.query.w_1.weight"], after["model"]["blocks.0.attn.query.w_1.weight"])
+
+
+def test_a_run_is_not_overwritten(tiny_data, whole_run):
+    torch.save(foreign("original", False, vocab_size=20), "foreign.pt")
+    before = files(whole_run)
+    with pytest.raises(UserError, match="out/tiny holds a run"):
+        import_checkpoint.main(["foreign.pt", whole_run, "--dataset=tiny", "--device=cpu"])
+    assert files(whole_run) == before
+
+
+@pytest.mark.parametrize("vocab_size", [17, 18 + 128])  # the data need 18; so much is no padding
+def test_a_vocabulary_of_other_data_is_refused(vocab_size, tiny_data):
+    torch.save(foreign("original", False, vocab_size=vocab_size), "foreign.pt")
+    with pytest.raises(UserError, match=f"vocab_size={vocab_size} is not that of tiny, 18"):
+        import_checkpoint.main(["foreign.pt", "out/x", "--dataset=tiny", "--device=cpu"])
+    assert not Path("out").exists()
 
 
 def test_an_untied_head_and_old_masks_are_understood(tiny_data):

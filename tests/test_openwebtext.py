@@ -120,7 +120,7 @@ def hub(corpus):
         files={f"urlsf_subset{shard:02d}.tar": data for shard, data in corpus[0].items()},
         sums={},  # other than true
         faults=[],  # of the next GETs from the store: functions of (file, first byte or None) -> answer
-        pause=0,  # seconds before the store hangs up
+        may_hang_up=threading.Event(),  # the store, after an answer
         requests=[],  # (method, path, Range)
         tells=True,  # the size and the sum, while it redirects
         name=str,  # how the names of headers are written
@@ -150,13 +150,14 @@ def hub(corpus):
             self.end_headers()
             if self.command == "GET":
                 self.wfile.write(content)
-                time.sleep(hub.pause)
+                hub.may_hang_up.wait(100)
 
         do_HEAD = do_GET
 
         def log_message(self, *arguments):
             pass
 
+    hub.may_hang_up.set()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     hub.url = f"http://127.0.0.1:{server.server_port}"
@@ -404,19 +405,19 @@ def test_a_damaged_archive_is_named(data, words, monkeypatch):
 @pytest.mark.parametrize("moment", [FIRST, "tokens", "corpus.json", "val.bin", ".train.bin.tmp"])
 def test_stopped_anywhere_it_goes_on(hub, corpus, moment, number):
     if moment == FIRST:
-        hub.faults, hub.pause = [cut(70_000)], 5
+        hub.faults = [cut(70_000)]
+        hub.may_hang_up.clear()
     process = start_changed(hub, SLOWED)
     wait_until_growing(moment, process)
     process.send_signal(getattr(signal, number))
-    stopped = time.monotonic()
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60)  # it does not wait for the server
+    hub.may_hang_up.set()
     if number == "SIGINT":
         assert process.returncode == 130 and "the same command goes on" in out and err == ""
-        assert time.monotonic() - stopped < 4  # it does not wait for the server
     record = WORK / "corpus.json"
     finished = len(json.loads(record.read_text())["archives"]) if record.exists() else 0
     assert not Path("data/openwebtext_3-5").exists()
-    hub.requests, hub.pause = [], 0
+    hub.requests = []
     done = prepare(f"--mirror={hub.url}")
     assert done.returncode == 0, done.stderr
     assert f"{3 - finished} archives to do" in done.stdout
@@ -436,6 +437,17 @@ def test_a_full_disk_leaves_what_is_finished(hub, corpus, when, limit):
     done = prepare(f"--mirror={hub.url}")
     assert done.returncode == 0 and ("0 archives" in done.stdout) is (when == "gather")
     check_result(corpus)
+
+
+@pytest.mark.parametrize("short_of", [0, 1])
+def test_the_room_that_is_asked_for(short_of, monkeypatch, tmp_path):
+    """For two downloads at a time but for what is there, their tokens in 1.5 times the space, and a copy of all tokens."""
+    (tmp_path / "a.tar").write_bytes(bytes(20))
+    free = (100 + 50 - 20) + 270 + (10 + 270) - short_of
+    monkeypatch.setattr(openwebtext.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    refused = pytest.raises(UserError, match="680B are needed") if short_of else contextlib.nullcontext()
+    with refused:
+        openwebtext.check_space(tmp_path, [SimpleNamespace(size=size) for size in (30, 100, 50)], 10, 2)
 
 
 def test_what_is_told_before_anything_is_done(hub, monkeypatch, capsys):

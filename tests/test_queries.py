@@ -1,4 +1,4 @@
-"""study/queries.py: each candidate's formula in float64, its parameters, its start and its causality."""
+"""study/queries.py: each candidate's formula in float64, causal attention included, its parameters and its start."""
 
 import math
 from dataclasses import replace
@@ -147,19 +147,6 @@ MORE_THAN_LINEAR |= {"nonlinear_key": 2 * D, "nonlinear_value": 2 * D}
 def test_parameters_beyond_those_of_linear(mode):
     count = lambda mode: sum(p.numel() for p in attention(mode).parameters())  # noqa: E731
     assert count(mode) - count("linear") == MORE_THAN_LINEAR[mode]
-
-
-@pytest.mark.parametrize("mode", MODES)
-@torch.no_grad()
-def test_no_output_depends_on_later_tokens(mode):
-    model = GPT(replace(CONFIG, query_mode=mode, n_layer=2)).double()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, 0.1, 0.5, generator=torch.Generator().manual_seed(2))
-    idx = torch.arange(8)[None] % 11
-    changed = idx.clone()
-    changed[0, 5] = 10
-    same = (model(idx)[0] == model(changed)[0]).all(-1)[0]
-    assert same[:5].all() and not same[5:].any()
 
 
 def test_the_matched_linear_query_starts_as_large_as_the_nonlinear_one():

@@ -31,6 +31,11 @@ def test_it_prints_what_the_model_generates(whole_run, capsys):
     assert printed(capsys, whole_run, "--prompt=7 plus ", *options[:-2], "--seed=6") != expected
 
 
+def test_top_p_reaches_the_model(whole_run, capsys):
+    common = [whole_run, "--prompt=7", "--device=cpu", "--dtype=float32", "--max_new_tokens=40", "--num_samples=1"]
+    assert printed(capsys, *common, "--top_p=1e-6") == printed(capsys, *common, "--temperature=0")
+
+
 def test_the_best_model_is_used_or_the_last(whole_run):
     folder = RunFolder(whole_run)
     checkpoint = folder.load("best.pt")

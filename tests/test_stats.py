@@ -29,6 +29,15 @@ def empty_study(arms, rates=(1.0,), tuning=(), seeds=(3, 4), **more):
     return Study("c.py", {arm: {} for arm in arms}, list(rates), list(tuning), list(seeds), **rest)
 
 
+def test_comparisons_added_later_ask_for_no_more_seeds():
+    study, rng = empty_study("abc", seeds=range(12), half_width=1.0, planned=1), np.random.default_rng(0)
+    for arm, sd in zip("abc", (0.001, 0.001, 1.0)):
+        study.records.update({Run(arm, 1.0, seed): record(2 + rng.normal(0, sd)) for seed in range(12)})
+    assert len(study.measuring_seeds()) == 6
+    study.planned = None
+    assert len(study.measuring_seeds()) == 12
+
+
 # Differences and verdicts.
 
 

@@ -169,6 +169,7 @@ def test_validation_is_the_mean_over_tokens_whatever_the_batch_size(tiny_data, e
     data, model = Dataset("tiny", 16), GPT(GPTConfig(16, 20, 2, 2, 16)).double()
     tokens = torch.from_numpy(np.fromfile("data/tiny/val.bin", np.uint8).astype(np.int64))
     n = eval_tokens or len(tokens) - 1
+    data.meta["val"]["text_bytes"] = 3 * len(tokens)  # as if each character had three bytes
     nats = 0.0
     for first in range(0, n, 16):  # one window at a time, the last one shorter
         stop = min(first + 16, n)
@@ -179,7 +180,7 @@ def test_validation_is_the_mean_over_tokens_whatever_the_batch_size(tiny_data, e
         found = train.evaluate(train.Objective(model), data, s)
         assert found["val_loss"] == pytest.approx(nats / n, rel=1e-6)
         assert found["perplexity"] == pytest.approx(math.exp(nats / n), rel=1e-6)
-        assert found["bits_per_byte"] == pytest.approx(nats / n / math.log(2), rel=1e-6)  # ASCII: a byte a character
+        assert found["bits_per_byte"] == pytest.approx(nats / n / math.log(2) / 3, rel=1e-6)
 
 
 @both_objectives
@@ -215,19 +216,47 @@ def test_a_step_is_adamw_on_clipped_accumulated_gradients_at_the_scheduled_rate(
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
 
 
-def test_dropout_differs_between_steps_and_ranks(tiny_data, monkeypatch):
-    s = resolve(Settings(device="cpu", dtype="float32", batch_size=2, gradient_accumulation_steps=1))
+def test_a_scaled_step_is_the_unscaled_one(tiny_data):
+    """Of float16: what is clipped, and what AdamW sees, are the true gradients."""
+    recipe = dict(device="cpu", dtype="float32", batch_size=2, gradient_accumulation_steps=2, grad_clip=0.1)
+    s = Settings(**recipe, warmup_iters=0, lr_decay_iters=9, min_lr=0.0)
+    data, ends, norms = Dataset("tiny", 16), [], []
+    for enabled in (False, True):
+        model = GPT(GPTConfig(16, 20, 2, 2, 16)).double()
+        optimizer, scaler = train.make_optimizer(model, s), torch.amp.GradScaler("cpu", enabled=enabled)
+        norms.append(
+            [train.train_step(train.Objective(model), optimizer, scaler, data, s, t)[1].item() for t in range(3)]
+        )
+        ends.append(torch.cat([p.flatten() for p in model.parameters()]))
+    assert norms[1] == pytest.approx(norms[0])
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-7)
+
+
+def test_steps_and_evaluations_use_the_number_format_asked_for(tiny_data):
+    s = resolve(Settings(device="cpu", dtype="bfloat16", batch_size=2, gradient_accumulation_steps=1, eval_tokens=100))
+    model, data, seen = GPT(GPTConfig(16, 20, 2, 2, 16)), Dataset("tiny", 16), set()
+    model.lm_head.register_forward_hook(lambda module, x, y: seen.add((y.dtype, y.requires_grad)))
+    steps_of(train.Objective(model), data, s)(1)
+    assert seen == {(torch.bfloat16, True)}
+    seen.clear()
+    train.evaluate(train.Objective(model), data, s)
+    assert seen == {(torch.bfloat16, False)}
+
+
+def test_dropout_differs_between_seeds_steps_and_ranks(tiny_data, monkeypatch):
+    settings = resolve(Settings(device="cpu", dtype="float32", batch_size=2, gradient_accumulation_steps=1))
     data, losses = Dataset("tiny", 16), {}
-    for rank, step in ((0, 0), (0, 0), (0, 1), (1, 0)):
+    for rank, step, seed in ((0, 0, 1), (0, 0, 1), (0, 1, 1), (1, 0, 1), (0, 0, 2)):
+        s = dataclasses.replace(settings, seed=seed)
         model = GPT(GPTConfig(16, 20, 2, 2, 16, dropout=0.5))
         monkeypatch.setattr(train, "rank", lambda rank=rank: rank)
         # every rank and step is given the same two sequences, so that only dropout can differ
         monkeypatch.setattr(train, "get_offsets", lambda *_, n=rank + 1: np.array([3, 7] * n))
         optimizer, scaler = train.make_optimizer(model, s), torch.amp.GradScaler(enabled=False)
         loss, _ = train.train_step(train.Objective(model), optimizer, scaler, data, s, step)
-        losses.setdefault((rank, step), []).append(loss.item())
-    assert losses[0, 0][0] == losses[0, 0][1]
-    assert len({loss for values in losses.values() for loss in values}) == 3
+        losses.setdefault((rank, step, seed), []).append(loss.item())
+    assert losses[0, 0, 1][0] == losses[0, 0, 1][1]
+    assert len({loss for values in losses.values() for loss in values}) == 4
 
 
 # Runs.
@@ -243,6 +272,8 @@ def test_a_run_leaves_a_complete_record(whole_run):
     assert config["command"] == "python train.py tiny.py"
     assert list(metrics(whole_run, "val_loss")) == [0, 4, 8, 12]
     assert list(metrics(whole_run, "train_loss")) == [1, 2, 4, 6, 8, 10, 12]
+    decay = {n: 1e-3 + 9e-3 * (1 + math.cos(math.pi * (n - 3) / 10)) / 2 for n in (4, 6, 8, 10, 12)}
+    assert metrics(whole_run, "learning_rate") == pytest.approx({1: 1e-2 / 3, 2: 2e-2 / 3, **decay})
     losses = metrics(whole_run, "val_loss")
     assert losses[0] == pytest.approx(math.log(config["model"]["vocab_size"]), rel=0.02)
     summary = json.loads(Path(whole_run, "summary.json").read_text())
@@ -252,6 +283,33 @@ def test_a_run_leaves_a_complete_record(whole_run):
     assert summary["tokens_per_second"] > 0 and summary["seconds"] > 0
     best = checkpoint(whole_run, "best.pt")
     assert losses[best["state"]["step"]] == summary["best_val_loss"] and "optimizer" not in best
+
+
+def test_the_best_model_is_kept_though_later_ones_are_worse(tiny_config, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5, 2.2])
+    found = lambda *_: dict.fromkeys(("val_loss", "perplexity", "bits_per_byte"), next(losses))  # noqa: E731
+    monkeypatch.setattr(train, "evaluate", found)
+    train.main([tiny_config, "--max_iters=8", "--lr_decay_iters=12"])
+    train.main([tiny_config, "--resume"])  # the best loss survives resuming, too
+    assert checkpoint("out/tiny", "best.pt")["state"]["step"] == 4 and checkpoint("out/tiny")["state"]["step"] == 12
+    summary = json.loads(Path("out/tiny/summary.json").read_text())
+    assert (summary["best_val_loss"], summary["final_val_loss"]) == (2.0, 2.2)
+
+
+def test_first_weights_follow_the_seed_and_a_model_is_compiled_where_asked(tiny_config, monkeypatch):
+    monkeypatch.setattr(train.Objective, "compile", compile := mock.Mock())
+    for seed, flag in ((1, "false"), (2, "true")):
+        flags = [f"--seed={seed}", f"--compile={flag}", f"--out_dir=out/{seed}", "--max_iters=1", "--min_lr=1e-2"]
+        train.main([tiny_config, *flags])  # a constant rate is allowed
+        assert compile.call_count == seed - 1
+    assert metrics("out/1", "val_loss")[0] != metrics("out/2", "val_loss")[0]
+
+
+def test_a_run_that_goes_on_has_no_summary(tiny_config, whole_run, monkeypatch):
+    monkeypatch.setattr(train, "train_step", mock.Mock(side_effect=RuntimeError("out of power")))
+    with pytest.raises(RuntimeError, match="out of power"):
+        train.main([tiny_config, "--resume", "--max_iters=14", "--lr_decay_iters=12"])
+    assert not Path(whole_run, "summary.json").exists()
 
 
 @both_objectives
@@ -539,6 +597,15 @@ def test_flops_per_token_equal_what_torch_counts():
 
 PEAKS = {"NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H200 NVL": 836, "Tesla T4": None}
 PEAKS |= {"NVIDIA GeForce RTX 4090 D": 147, "NVIDIA GeForce RTX 4090": 165, "NVIDIA B200": 2250}
+
+
+def test_the_speed_that_is_told(monkeypatch):
+    """Of two processes: tokens a second of both, MFU of each, and the time for the steps that are left."""
+    model = GPT(GPTConfig(16, 20, 2, 2, 16))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    speed, words = device_module.measure_speed(model, Settings(peak_tflops=1e-4, max_iters=130), 0.5, 100, 10)
+    assert speed == {"tokens_per_second": 200, "mfu": pytest.approx(200 * flops_per_token(model) / 2e8)}
+    assert words.startswith("200 tok/s mfu ") and words.endswith(" eta 1:00")
 
 
 def test_the_peak_of_a_gpu_is_known_or_not_given(monkeypatch):
