@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.files import locked, new_file
 from utils.settings import Parser, UserError, checked, run_program
 from utils.tokenizers import load_tokenizer
 
@@ -105,48 +106,57 @@ def split(documents):
             cut += 1
         return {"train": [Document(name, data[:cut])], "val": [Document(name, data[cut:], cut)]}
     # The tenth whose names have the smallest sha256 are for validation.
-    shuffled = sorted(documents, key=lambda doc: (hashlib.sha256(doc.name.encode()).digest(), str(doc.content)))
+    shuffled = sorted(documents, key=lambda doc: (hashlib.sha256(os.fsencode(doc.name)).digest(), str(doc.content)))
     n_val = max(1, round(0.1 * len(documents)))
     return {"train": shuffled[n_val:], "val": shuffled[:n_val]}
 
 
 def write_dataset(name, documents, tokenizer_kind, source):
     """Tokenize documents into data/NAME, which must not exist yet; it appears when it is complete."""
-    target = DATA_DIR / name
-    if target.exists():
-        raise UserError(f"{target} exists already; delete it to prepare it anew")
-    temporary = target.with_name(f".{name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        spec = {"kind": tokenizer_kind, "has_eot": len(documents) > 1}  # one document alone needs no separator
-        if tokenizer_kind == "char":
-            texts = (encode(doc, doc.read(), bytes.decode) for doc in documents)
-            spec["chars"] = "".join(sorted(set(itertools.chain.from_iterable(texts))))
-        tokenizer = load_tokenizer(spec)
-        dtype = next(t for t in ("uint8", "uint16", "uint32") if tokenizer.vocab_size - 1 <= np.iinfo(t).max)
-        meta = {"source": source, "tokenizer": tokenizer.spec, "vocab_size": tokenizer.vocab_size, "dtype": dtype}
-        for part, part_documents in split(documents).items():
-            meta[part] = write_split(temporary / f"{part}.bin", part_documents, tokenizer, dtype)
-            if meta[part]["tokens"] < 2:
-                raise UserError(f"{source} is too short: {meta[part]['tokens']} tokens would be left for {part}.bin")
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
-        os.rename(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    target, work = DATA_DIR / name, DATA_DIR / f".{name}.tmp"
+    with locked(work):
+        if target.exists():
+            raise UserError(f"{target} exists already; delete it to prepare it anew")
+        shutil.rmtree(work / "new", ignore_errors=True)  # left by a process that was killed
+        (work / "new").mkdir()
+        try:
+            meta = write_parts(work / "new", documents, tokenizer_kind, source)
+            os.rename(work / "new", target)
+        finally:
+            shutil.rmtree(work / "new", ignore_errors=True)
     print(f"{target}: {meta['train']['tokens']:,} train, {meta['val']['tokens']:,} val tokens from {source}")
+
+
+def write_parts(folder, documents, tokenizer_kind, source):
+    """Write train.bin, val.bin and meta.json -> what the latter holds."""
+    spec = {"kind": tokenizer_kind, "has_eot": len(documents) > 1}  # one document alone needs no separator
+    if tokenizer_kind == "char":
+        texts = (encode(doc, doc.read(), bytes.decode) for doc in documents)
+        spec["chars"] = "".join(sorted(set(itertools.chain.from_iterable(texts))))
+    tokenizer = load_tokenizer(spec)
+    dtype = next(t for t in ("uint8", "uint16", "uint32") if tokenizer.vocab_size - 1 <= np.iinfo(t).max)
+    meta = {"source": source, "tokenizer": tokenizer.spec, "vocab_size": tokenizer.vocab_size, "dtype": dtype}
+    for part, part_documents in split(documents).items():
+        meta[part] = write_split(folder / f"{part}.bin", part_documents, tokenizer, dtype)
+        if meta[part]["tokens"] < 2:
+            raise UserError(f"{source} is too short: {meta[part]['tokens']} tokens would be left for {part}.bin")
+    with new_file(folder / "meta.json") as f:
+        f.write(json.dumps(meta, indent=1).encode())
+    return meta
 
 
 def write_split(path, documents, tokenizer, dtype):
     """Write one .bin file -> its entry in meta.json. text_bytes counts the text alone, not what ends a document."""
     tokens, text_bytes, sha256 = 0, 0, hashlib.sha256()
-    with open(path, "wb") as f:
+    with new_file(path) as f:
         for doc in documents:
             data = doc.read()
             ids = encode(doc, data, tokenizer.encode)
             if tokenizer.eot is not None:
                 ids = np.append(ids, np.uint32(tokenizer.eot))
-            f.write(ids.astype(dtype))
-            sha256.update(ids.astype(dtype))
+            ids = ids.astype(dtype)
+            f.write(ids)
+            sha256.update(ids)
             tokens += len(ids)
             text_bytes += len(data)
     return {"documents": len(documents), "tokens": tokens, "text_bytes": text_bytes, "sha256": sha256.hexdigest()}
@@ -193,6 +203,8 @@ def text(name, inputs, tokenizer_kind):
     documents = []
     for path in map(Path, inputs):
         found = find_documents(path) if path.is_dir() else [Document(path.name, path)]
+        if not path.is_dir() and not path.is_file():
+            raise UserError(f"--input {path} is no file or folder")
         if not found or not path.stat().st_size:
             raise UserError(f"--input {path} is empty")
         documents += found

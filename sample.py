@@ -5,7 +5,6 @@ An encoder fills holes in the prompt instead: each <mask> is one token, or, wher
 
 import argparse
 import codecs
-import sys
 from pathlib import Path
 
 import torch
@@ -136,7 +135,6 @@ def main(argv=None):
         raise UserError(f"--{given[0]} has no meaning here: {options.run} is an encoder, which fills holes", status=2)
     tokenizer = load_tokenizer(tokenizer_spec)
     prompt = encode_prompt(options.prompt, tokenizer, model.config.block_size, holes=fills).to(device)
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
     (write_filled if fills else write)(model, prompt, tokenizer, options)
     return 0
 

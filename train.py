@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig, derive_seed
 from prepare_data import Dataset, prepare_if_small
-from utils.checkpoint import RunFolder, describe
+from utils.checkpoint import RunFolder, describe, new_state
 from utils.device import StopSignal, autocast, barrier, launch_command, measure_speed, print0, processes
 from utils.device import rank, resolve, sum_over_ranks, world_size
 from utils.settings import UserError, list_settings, read_command, run_program
@@ -242,9 +242,7 @@ def train(settings, config, command):
     tokens_per_step = settings.batch_size * settings.gradient_accumulation_steps * config.block_size
 
     started = time.perf_counter()
-    # The run's progress, which every checkpoint holds. The timed steps leave out what says nothing about
-    # speed: the first step of a session (compilation), evaluations and saving.
-    state = {"step": 0, "val": None, "best_val_loss": math.inf, "seconds": 0.0, "timed_steps": 0, "timed_seconds": 0.0}
+    state = new_state()
     run = RunFolder(settings.out_dir, writes=rank() == 0 and not settings.eval_only)
 
     def seconds():  # since the run began, earlier sessions included

@@ -59,7 +59,10 @@ def read_options(argv):
     parser.add_argument("--out", type=Path, help="the study's folder; default: study/results/NAME_OF_CONFIG")
     parser.add_argument("--dry-run", action="store_true", help="list the runs, what they cost and can find")
     parser.add_argument("--speed", action="store_true", help="measure the arms' tokens/s in turns, for the report")
-    options, rest = parser.parse_known_args(argv)
+    try:
+        options, rest = parser.parse_known_args(argv)
+    except ValueError as e:  # of a plan: a quote that is left open, or bytes that are no text
+        parser.error(f"{' '.join(word for word in argv if word[:1] == '@')}: {e}")
     words, flags = split_command(rest, KINDS)
     if words:
         parser.error(f"{words[0]!r} is not understood; a setting is written --key=v1,v2")
@@ -160,7 +163,13 @@ def speed_of(study, run, steps):
     short = [f"--max_iters={steps}", f"--eval_interval={steps}", "--eval_tokens=1", f"--log_interval={steps}"]
     with tempfile.TemporaryDirectory() as name:
         folder = RunFolder(name)
-        if runs.start(study, run, study.devices[0], folder.path, [*short, "--wandb_log=false"]).wait():
+        process = runs.start(study, run, study.devices[0], folder.path, [*short, "--wandb_log=false"])
+        try:
+            status = process.wait()
+        finally:  # Ctrl-C does not reach it
+            process.terminate()
+            process.wait()
+        if status:
             raise UserError(f"{run}: {runs.last_line(folder.path / 'log.txt')}")
         return folder.read_json("summary.json")["tokens_per_second"]
 

@@ -19,8 +19,8 @@ def read_options(argv):
     parser.add_argument("studies", nargs="+", type=Path, help="folders of studies, one a size")
     parser.add_argument("--out", type=Path, required=True, help="folder for ladder.md and ladder.svg")
     options = parser.parse_args(argv)
-    if len(options.studies) < 2:
-        parser.error(f"{options.studies[0]} alone is no ladder; name studies of two sizes or more")
+    if len({folder.resolve() for folder in options.studies}) < max(2, len(options.studies)):
+        parser.error(f"{' '.join(map(str, options.studies))}: a ladder has two studies or more, each named once")
     return options
 
 

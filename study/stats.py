@@ -10,7 +10,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import t
+from scipy.stats import norm, t
 
 LEVEL = 0.05  # of the intervals, of the primary comparison, and of all secondary ones together
 POWER = 0.8
@@ -103,4 +103,5 @@ def detectable(sd, n):
 
 def seeds_for(sd, width):
     """The seeds that make half_width at most so wide."""
-    return next(n for n in itertools.count(2) if half_width(sd, n) <= width)
+    fewest = math.floor(2 * (norm.ppf(1 - LEVEL / 2) * sd / width) ** 2)  # t's quantile is larger than the normal one
+    return next(n for n in itertools.count(max(2, fewest)) if half_width(sd, n) <= width)

@@ -171,7 +171,7 @@ def test_the_ladder_puts_studies_in_the_order_of_their_size(grid):
     assert [row[0] for row in rows] == ["| 3,120", "| 12,480"] and rows[0][3] == rows[1][3] and "%" in rows[0][3]
     x = {mode: [losses()[f"{mode}-lr0.01-seed{seed}"] for seed in (1, 2)] for mode in (LINEAR, NONLINEAR)}
     assert f"{100 * (np.mean(x[NONLINEAR]) / np.mean(x[LINEAR]) - 1):+.2f} % [" in rows[0][3]
-    with pytest.raises(UserError, match="big alone is no ladder"):
+    with pytest.raises(UserError, match="big: a ladder has two studies or more"):
         ladder.main(["big", "--out=ladder"])
     bars = ladder.draw(ladder.sizes([runs.load(Path("big")), runs.load(Path("small"))]), Path("ladder")).axes[0]
     assert len(bars.containers) == 1  # the arms that diverged have no difference

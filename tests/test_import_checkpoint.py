@@ -124,6 +124,15 @@ def test_a_run_is_not_overwritten(tiny_data, whole_run):
     assert files(whole_run) == before
 
 
+def test_a_checkpoint_is_not_overwritten_by_its_import(tiny_data):
+    Path("theirs").mkdir()
+    torch.save(foreign("original", False, vocab_size=20), "theirs/ckpt.pt")
+    before = files("theirs")
+    with pytest.raises(UserError, match="theirs holds a run or a checkpoint"):
+        import_checkpoint.main(["theirs/ckpt.pt", "theirs", "--dataset=tiny", "--device=cpu"])
+    assert files("theirs") == before
+
+
 @pytest.mark.parametrize("vocab_size", [17, 18 + 128])  # the data need 18; so much is no padding
 def test_a_vocabulary_of_other_data_is_refused(vocab_size, tiny_data):
     torch.save(foreign("original", False, vocab_size=vocab_size), "foreign.pt")

@@ -83,6 +83,7 @@ def scene(tmp_path_factory):
         Path("empty.txt").touch()
         Path("latin.txt").write_bytes(b"caf\xe9 " * 100)
         Path("one.txt").write_text("x")
+        Path("quote.txt").write_text("tiny.py --arm='linear")
         Path("folder").mkdir()
         torch.save({"weights": torch.ones(3)}, "foreign.pt")
         Path("executes.pt").write_bytes(pickle.dumps(Malicious()))
@@ -114,6 +115,7 @@ MISTAKES = [
     ("train", "typo.py", USAGE, "typo.py: unknown setting 'lerning_rate'; the nearest is 'learning_rate'"),
     ("train", "syntax.py", USAGE, "syntax.py: SyntaxError"),
     ("train", "text.py", USAGE, "text.py: n_layer='two' is not an integer"),
+    ("train", "tiny.py --n_embd=1e30", USAGE, "n_embd='1e30' is not an integer below"),
     ("train", "true.py", USAGE, "true.py: max_iters=True is not an integer"),
     ("train", "three.py", USAGE, "compile=3 is not true or false"),
     ("train", "seven.py", USAGE, "dataset=7 is not a text"),
@@ -189,7 +191,7 @@ MISTAKES = [
     ("sample", f"out/encoder --prompt={'1_' * 9}", FAILURE, "has 18 tokens, but this model sees 16 at most"),
     ("sample", "out/encoder --prompt=1_ --top_k=2", USAGE, "--top_k has no meaning here: out/encoder is an encoder"),
     # prepare_data.py
-    ("prepare_data", "text --name=x --input nowhere", FAILURE, "'nowhere'"),
+    ("prepare_data", "text --name=x --input nowhere", FAILURE, "--input nowhere is no file or folder"),
     *[("prepare_data", f"text --name=x --input {i}", FAILURE, f"{i} is empty") for i in ("empty.txt", "folder")],
     ("prepare_data", "text --name=x --input latin.txt --tokenizer=char", FAILURE, "latin.txt is not UTF-8"),
     ("prepare_data", "text --name=tiny --input tiny.txt --tokenizer=char", FAILURE, "exists already"),
@@ -217,6 +219,7 @@ MISTAKES = [
     ("import_checkpoint", "out/good/ckpt.pt out/x --dataset=tiny", FAILURE, "lacks model or model_args"),
     # ablate.py
     ("ablate", "", USAGE, "config"),
+    ("ablate", "@quote.txt", USAGE, "@quote.txt: No closing quotation"),
     ("ablate", "nowhere.py", USAGE, "nowhere.py: FileNotFoundError"),
     ("ablate", "tiny.py --arm=linear,quadratic", USAGE, "--arm=quadratic is not one of linear"),
     ("ablate", "tiny.py --lerning_rate=1,2", USAGE, "the nearest is 'learning_rate'"),
@@ -261,8 +264,10 @@ def test_a_mistake_is_one_line_and_changes_nothing(program, arguments, status, w
     before = files()
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it was not installed
     monkeypatch.setattr(sys, "argv", [f"{program}.py", *arguments.split()])
+    module = importlib.import_module(MODULES.get(program, program))
+    capsys.readouterr()  # what torch may say when it is imported
     with pytest.raises(SystemExit) as end:
-        run_program(importlib.import_module(MODULES.get(program, program)).main)
+        run_program(module.main)
     lines = capsys.readouterr().err.splitlines()
     assert end.value.code == status
     assert len(lines) == 1 and lines[0].startswith(f"{program}.py: ") and words in f"{lines[0]}\n", lines

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import shutil
 import sys
 import sysconfig
 from pathlib import Path
@@ -13,8 +14,9 @@ import tiktoken
 
 import prepare_data
 from utils.settings import UserError
-from conftest import SHARED
+from conftest import SHARED, prepare_tiny
 from prepare_data import Document, split
+from utils.files import locked
 from utils.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer
 
 
@@ -48,6 +50,17 @@ def test_tiny_shakespeare(name, tokens, gpt2_vocabulary):
         else:
             assert ids == tiktoken.get_encoding("gpt2").encode_ordinary(expected)
             assert (meta["vocab_size"], meta["dtype"]) == (50257, "uint16")
+
+
+def test_what_a_killed_process_left_is_no_obstacle_and_one_at_work_is(tiny_data):
+    shutil.move("data/tiny", "before")
+    Path("data/.tiny.tmp/new").mkdir(parents=True)
+    Path("data/.tiny.tmp/new/train.bin").write_bytes(b"half")
+    with locked(Path("data/.tiny.tmp")), pytest.raises(UserError, match="another process is at work in data/.tiny.tmp"):
+        prepare_tiny()
+    prepare_tiny()
+    assert [path.name for path in Path("data").iterdir()] == ["tiny"]
+    assert all(path.read_bytes() == Path("before", path.name).read_bytes() for path in Path("data/tiny").iterdir())
 
 
 def test_stdlib_holds_this_pythons_source_split_by_file():

@@ -13,7 +13,7 @@ import torch
 from model import GPT, GPTConfig
 from prepare_data import Dataset, prepare_if_small
 from train import Settings, fit_to_data
-from utils.checkpoint import RunFolder, describe, load_checkpoint
+from utils.checkpoint import RunFolder, describe, load_checkpoint, new_state
 from utils.device import launch_command, resolve
 from utils.settings import UserError, check_ranges, convert, run_program, setting_types, split_command
 
@@ -94,12 +94,12 @@ def write_run(given, model, command):
     if not 0 <= config.vocab_size - data.vocab_size < 128:  # so many may be padding
         raise UserError(f"vocab_size={config.vocab_size} is not that of {settings.dataset}, {data.vocab_size}")
     fit_to_data(config, settings, data)
-    state = {"step": 0, "val": None, "best_val_loss": torch.inf, "seconds": 0.0, "timed_steps": 0, "timed_seconds": 0.0}
-    checkpoint = {"model": model.state_dict(), "config": vars(config), "tokenizer": data.tokenizer, "state": state}
+    checkpoint = {"model": model.state_dict(), "config": vars(config), "tokenizer": data.tokenizer}
+    checkpoint["state"] = new_state()
     lines = given | {key: getattr(config, key) for key in setting_types(GPTConfig)}
     with run.lock():
-        if run.holds("config.json"):
-            raise UserError(f"{run} holds a run; choose another folder")
+        if any(map(run.holds, ("config.json", "ckpt.pt", "best.pt"))):  # perhaps the file that is imported
+            raise UserError(f"{run} holds a run or a checkpoint; choose another folder")
         run.write_text("config.py", "".join(f"{key} = {value!r}\n" for key, value in lines.items()))
         run.save("best.pt", checkpoint)  # until training finds a better one
         run.save("ckpt.pt", checkpoint)

@@ -58,7 +58,7 @@ class RunFolder:
             self.wandb.finish()
 
     def write_json(self, name, content):
-        self.write_text(name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        self.write_text(name, json.dumps(content, indent=1) + "\n")
 
     def write_text(self, name, text):
         if self.writes:
@@ -102,8 +102,12 @@ class RunFolder:
         """Append a line to metrics.jsonl; what JSON cannot hold (an infinite gradient norm) becomes null."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         if self.writes:
-            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps(values) + "\n")
+            try:
+                with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
+                    f.write(json.dumps(values) + "\n")
+            except OSError as e:
+                problem = f"{self.path / 'metrics.jsonl'} could not be written ({e.strerror})"
+                raise UserError(f"{problem}; mend that, and --resume goes on from the last checkpoint") from None
         if self.wandb:
             names = dict(zip(("val_loss", "perplexity"), (re.sub("[ -]", "_", name) for name in self.names)))
             self.wandb.log({names.get(key, key): value for key, value in values.items()}, step=values["step"])
@@ -189,6 +193,12 @@ class RunFolder:
             print0(f"fill holes with it: python sample.py {self} --prompt='TEXT with <mask>'")
 
 
+def new_state():
+    """A run's progress, which every checkpoint holds. The timed steps leave out what says nothing about speed: the first
+    step of a session (compilation), evaluations and saving."""
+    return {"step": 0, "val": None, "best_val_loss": math.inf, "seconds": 0.0, "timed_steps": 0, "timed_seconds": 0.0}
+
+
 def load_checkpoint(path, *keys):
     """The dict that torch.save wrote to a file, on the CPU, which must have the keys; nothing is executed."""
     with reading(path):
@@ -202,7 +212,7 @@ def reading(path, kind="a checkpoint"):
     try:
         yield
     except Exception as e:  # torch raises many kinds for a file that is not one of its own
-        if out_of_memory(e) or isinstance(e, UserError):  # the file is not to blame, or it was told why
+        if out_of_memory(e) or isinstance(e, (UserError, FileNotFoundError)):  # no content to blame, or it was told why
             raise
         reason = " ".join(f"{type(e).__name__}: {e}".split())
         hint = "it is damaged or another program's: put a good copy in its place"

@@ -206,7 +206,8 @@ def explained_errors(settings):
         if out_of_memory(e):
             raise UserError(
                 f"out of memory on {settings.device}: halve batch_size (now {settings.batch_size}) and double "
-                f"gradient_accumulation_steps (now {settings.gradient_accumulation_steps}): the steps stay the same"
+                f"gradient_accumulation_steps (now {settings.gradient_accumulation_steps}): the steps stay the "
+                "same; or take a smaller model"
             ) from None
         if settings.compile and type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise UserError(f"torch.compile failed ({reason}); --compile=false does without it") from e

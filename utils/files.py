@@ -34,6 +34,8 @@ def locked(folder):
             import fcntl
 
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(f.fileno()).st_nlink == 0:  # deleted by its owner after it was opened here
+                raise BlockingIOError
         except BlockingIOError:
             raise UserError(f"another process is at work in {folder}; wait for it, or use another folder") from None
         except (ImportError, OSError):

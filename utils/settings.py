@@ -35,6 +35,7 @@ class Parser(argparse.ArgumentParser):
 
 def run_program(main):
     """Call main() and exit with what it returns; a mistake of the user or a failing disk becomes one line."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
     try:
         leave(main())
     except KeyboardInterrupt:
@@ -90,6 +91,7 @@ def checked(kind, holds, problem):
             raise argparse.ArgumentTypeError(f"{text!r} {problem}")
         return kind(text)
 
+    value.__name__ = kind.__name__  # as argparse tells it
     return value
 
 
@@ -179,12 +181,13 @@ def convert(key, value, kinds, where):
     if kind is bool and text in ("true", "false", "1", "0"):
         return text in ("true", "1")
     if kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-        with contextlib.suppress(ValueError):
-            if float(text).is_integer():  # 1e6 will do, as people write it
-                return int(float(text))
-    expected = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}[kind]
+        with contextlib.suppress(ValueError, OverflowError):
+            number = float(text)
+            if kind is float:
+                return number
+            if number.is_integer() and abs(number) < 2**53:  # 1e6 will do, as people write it
+                return int(number)
+    expected = {int: "an integer below 2**53", float: "a number", bool: "true or false", str: "a text"}[kind]
     raise UserError(f"{where}: {key}={value!r} is not {expected}", status=2)
 
 

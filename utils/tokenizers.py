@@ -1,5 +1,7 @@
 """Tokenizers: bytes <-> token ids."""
 
+import sys
+
 import numpy as np
 
 from utils.settings import UserError
@@ -36,14 +38,15 @@ class CharTokenizer(Tokenizer):
 
     def __init__(self, chars, has_eot):
         super().__init__([c.encode() for c in chars], has_eot, "char", chars=chars)
-        self.codes, self.vocab_size = np.array([ord(c) for c in chars], np.uint32), len(chars) + has_eot
+        self.vocab_size, self.ids = len(chars) + has_eot, np.full(sys.maxunicode + 1, -1, np.int32)
+        self.ids[[ord(c) for c in chars]] = np.arange(len(chars))
 
     def encode(self, data):
         codes = np.frombuffer(data.decode().encode("utf-32-le"), np.uint32)
-        ids = np.searchsorted(self.codes, codes).clip(max=len(self.codes) - 1)
-        unknown = codes[self.codes[ids] != codes]
+        ids = self.ids[codes]
+        unknown = codes[ids < 0]
         if len(unknown):
-            known = f"{len(self.codes):,} of this vocabulary: {self.spec['chars'][:100]!r}"
+            known = f"{len(self.spec['chars']):,} of this vocabulary: {self.spec['chars'][:100]!r}"
             raise UserError(f"the character {chr(unknown[0])!r} (U+{unknown[0]:04X}) is not among the {known}")
         return ids
 
