@@ -242,7 +242,7 @@ def train(settings, config, command):
     tokens_per_step = settings.batch_size * settings.gradient_accumulation_steps * config.block_size
 
     started = time.perf_counter()
-    state = new_state()
+    state = new_state()  # the step, the last and the best validation loss, and what the speed is measured from
     run = RunFolder(settings.out_dir, writes=rank() == 0 and not settings.eval_only)
 
     def seconds():  # since the run began, earlier sessions included

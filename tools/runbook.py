@@ -49,17 +49,18 @@ def run(options, settings):
         book[name] = {"what": step.__doc__.splitlines()[0], "rows": rows, "seconds": time.perf_counter() - began}
         write(book, options.out)
         print(to_markdown(name, book[name]), flush=True)
-        if name == "gradients" and not all(row.get("right") for row in rows):
+        if name == "gradients" and (wrong := not all(row.get("right") for row in rows)):
             print("the gradients are not right: what follows is not compiled, and says little", flush=True)
             settings = replace(settings, compile=False)
     print(f"written to {options.out}/gpu.json and gpu.md in {time.perf_counter() - started:.0f} s")
-    return int(not all(row.get("right") for row in book["gradients"]["rows"]))
+    return int(wrong)
 
 
 def in_a_process(seconds, step, *arguments):
     """Take a step in a process of its own, and yield its rows, one by one; the last one tells why it failed, if it did."""
-    receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
-    process = multiprocessing.get_context("spawn").Process(target=send, args=(sender, step, *arguments))
+    spawn = multiprocessing.get_context("spawn")
+    receiver, sender = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=send, args=(sender, step, *arguments))
     process.start()
     sender.close()  # so that the end of the process is the end of the pipe
     deadline = time.perf_counter() + seconds
@@ -150,9 +151,13 @@ def model_tests(options, settings):
     yield from ({"result": line} for line in [lines[-1], *(line for line in lines if line.startswith("FAILED"))])
 
 
+def with_batch(options, settings, batch_size):
+    return replace(settings, batch_size=2 if options.shape == "tiny" else batch_size)
+
+
 def speed(options, settings, batch_size, names):
     """Training, in turns; MFU as PaLM's appendix B counts operations. Loss and norm are the first step's."""
-    settings, shape = replace(settings, batch_size=2 if options.shape == "tiny" else batch_size), SHAPES[options.shape]
+    settings, shape = with_batch(options, settings, batch_size), SHAPES[options.shape]
     names = [PEER, *names] if options.peer else names
     on_cuda, peak = settings.device.startswith("cuda"), peak_tflops(settings.device)
     trainings = {name: make_training(name, shape, settings) for name in names}
@@ -178,7 +183,7 @@ def speed(options, settings, batch_size, names):
 
 def profile(options, settings, batch_size, name):
     """What the kernels of a training step do: their share of its time, and the share in which the device idles."""
-    settings = replace(settings, batch_size=2 if options.shape == "tiny" else batch_size)
+    settings = with_batch(options, settings, batch_size)
     take_steps, on_cuda = make_training(name, SHAPES[options.shape], settings), settings.device.startswith("cuda")
     take_steps(3)
     with torch.profiler.profile() as profiler:
