@@ -69,7 +69,7 @@ def read_options(argv):
     axes = {key: read_values(key, values) for key, values in flags.items()}
     settings, config = read_command([options.config], Settings, GPTConfig)
     rates, seeds = axes.pop("learning_rate", [settings.learning_rate]), axes.pop("seed", [3, 4, 5, 6, 7, 8])
-    tuning_seeds = read_values("seed", options.tune) if options.tune else []
+    tuning_seeds = read_values("seed", options.tune, flag="tune") if options.tune else []
     if set(seeds) & set(tuning_seeds):
         parser.error(f"--tune={options.tune} and --seed share a seed; what finds a rate must not measure it")
     if not tuning_seeds and len(rates) > 1:
@@ -94,13 +94,14 @@ def read_options(argv):
     return study, options
 
 
-def read_values(key, text):
-    """The values v1,v2,... of a flag."""
+def read_values(key, text, flag=None):
+    """The values v1,v2,... of the setting key, which a flag of that name, unless another is given, asks for."""
+    given = f"--{flag or key}={text}"
     if key in NOT_FOR_A_GRID:
         raise UserError(f"--{key} is not for a grid; see --out and --devices", status=2)
-    values = [convert(key, value, KINDS, "command line") for value in str(text).split(",")]
+    values = [convert(key, value, KINDS, given) for value in str(text).split(",")]
     if len(set(values)) < len(values):
-        raise UserError(f"--{key}={text} names a value twice", status=2)
+        raise UserError(f"{given} names a value twice", status=2)
     return values
 
 

@@ -236,6 +236,7 @@ MISTAKES = [
     ("ablate", "tiny.py --query_mode=linear,quadratic", USAGE, "query_mode='quadratic' is not one of"),
     ("ablate", "tiny.py --arm=linear --query_rank=4", USAGE, "query_rank=4 has no meaning"),
     ("ablate", "tiny.py --seed=1,2 --tune=2,3", USAGE, "share a seed"),
+    ("ablate", "tiny.py --tune=1,one", USAGE, "--tune=1,one: seed='one' is not an integer"),
     ("ablate", "tiny.py --seed=1 --tune=2 --min_lr=1e-3", FAILURE, "--min_lr=auto"),
     ("ablate", "tiny.py --arm=linear,linear_wide --mlp_hidden=9", USAGE, "--mlp_hidden is what the arm linear_wide"),
     ("ablate", "tiny.py --learning_rate=1e-2,1.0000001e-2", USAGE, "two runs would have one name"),

@@ -532,6 +532,15 @@ def test_a_run_in_float16_goes_on_from_one_that_was_not(whole_run):
     assert state["step"] == 12 and scaler.get_scale() == torch.amp.GradScaler("cpu").get_scale()
 
 
+def test_float16s_loss_scale_goes_on_as_if_the_run_had_not_stopped(tiny_config, monkeypatch):
+    scaler = torch.amp.GradScaler  # the CPU has none for float16, but scales float32's gradients as well
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, growth_interval=3))
+    for argv in ["--out_dir=a"], ["--out_dir=b", "--max_iters=5", "--lr_decay_iters=12"], ["--out_dir=b", "--resume"]:
+        train.main([tiny_config, *argv])
+    whole, parts = checkpoint("a")["scaler"], checkpoint("b")["scaler"]
+    assert whole == parts and whole["scale"] == 2**16 * 2**4 and whole["_growth_tracker"] == 0  # 12 steps
+
+
 def test_a_second_ctrl_c_acts_at_once_but_not_torchruns_sigterm():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job would ignore Ctrl-C
     try:
