@@ -376,6 +376,20 @@ def test_what_other_rates_cost_as_the_text_tells_it():
     assert words in " ".join(STUDY_README.split())
 
 
+def test_what_rates_do_to_encoders_as_the_text_tells_it():
+    study, text = runs.load(MAIN.parent / "encoder_cpu"), " ".join(STUDY_README.split())
+    for rate, words in (
+        (0.00566, "ends at {:.3f} and linear at {:.3f} at the rate 0.00566"),
+        (0.0113, "at {:.3f} and {:.3f} at"),
+    ):
+        found = [study.mean_loss(study.tuning_runs(arm)[rate], [1]) for arm in ("identity", "linear")]
+        assert words.format(*found) in text
+    assert [study.search(arm)[1] for arm in study.arms] == [0.00566, 0.00566, 0.016, 0.0113, 0.008]
+    means = {arm: np.mean([*found.values()]) for arm, found in study.losses(study.measured()).items()}
+    below = [100 * (1 - means[arm] / study.ngrams[5]) for arm in ("linear", "identity")]
+    assert "Linear ends only {:.1f} % below the 5-grams, identity {:.1f} %.".format(*below) in text
+
+
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
 def test_every_number_of_the_published_verdicts_computed_anew(folder):
     """From nothing but the lines of runs.jsonl, by scipy's paired t test; also what was clipped, and that no run failed."""

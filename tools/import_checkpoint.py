@@ -98,7 +98,7 @@ def write_run(given, model, command):
     checkpoint["state"] = new_state()
     lines = given | {key: getattr(config, key) for key in setting_types(GPTConfig)}
     with run.lock():
-        if any(map(run.holds, ("config.json", "ckpt.pt", "best.pt"))):  # perhaps the file that is imported
+        if run.holds_a_run():  # perhaps the file that is imported
             raise UserError(f"{run} holds a run or a checkpoint; choose another folder")
         run.write_text("config.py", "".join(f"{key} = {value!r}\n" for key, value in lines.items()))
         run.save("best.pt", checkpoint)  # until training finds a better one

@@ -50,6 +50,10 @@ class RunFolder:
     def holds(self, name):
         return (self.path / name).exists()
 
+    def holds_a_run(self):
+        """Whether a run was begun here, or a checkpoint was put here."""
+        return any(map(self.holds, ("config.json", "ckpt.pt", "best.pt")))
+
     @contextlib.contextmanager
     def lock(self):  # held by the one process that writes here; at its end wandb has all that was logged
         with locked(self.path) if self.writes else contextlib.nullcontext():
@@ -73,7 +77,7 @@ class RunFolder:
 
     def begin(self, record, settings):
         """Begin the run that record, from `describe`, tells of, or go on with it -> its checkpoint or None."""
-        exists = any(self.holds(name) for name in ("config.json", "ckpt.pt", "best.pt"))
+        exists = self.holds_a_run()
         if exists != settings.resume:
             what = "a run: --resume it, choose another --out_dir, or delete it" if exists else "no run to resume"
             raise UserError(f"{self} holds {what}")
