@@ -1,7 +1,7 @@
 """Turn text into tokens: python prepare_data.py NAME writes data/NAME/{train.bin, val.bin, meta.json}.
 
     stdlib            the Python source of this interpreter's standard library, as bytes; no network
-    machine_code      hardly text: the compiled modules of that library, as bytes; no network
+    bytecode          no text: the instructions that Python compiles that library to, two bytes each; no network
     shakespeare_char  tiny Shakespeare, one token a character
     shakespeare       tiny Shakespeare, GPT-2 BPE
     text              your own files: --name NAME --input FILE_OR_FOLDER ... --tokenizer gpt2|char|byte
@@ -11,6 +11,7 @@ A .bin file is a plain array of token ids, of which meta.json tells the rest. A 
 """
 
 import argparse
+import dis
 import hashlib
 import itertools
 import json
@@ -19,6 +20,8 @@ import platform
 import re
 import shutil
 import sysconfig
+import types
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +32,7 @@ from utils.settings import Parser, UserError, checked, run_program
 from utils.tokenizers import load_tokenizer
 
 DATA_DIR = Path("data")
-SMALL = ("stdlib", "machine_code", "shakespeare_char", "shakespeare")  # prepared by train.py on first use
+SMALL = ("stdlib", "bytecode", "shakespeare_char", "shakespeare")  # prepared by train.py on first use
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
@@ -172,15 +175,27 @@ def encode(doc, data, encoder):
 
 
 def standard_library(name):
-    """stdlib or machine_code: what Python itself is made of."""
+    """stdlib or bytecode: the source of what comes with Python, or what Python compiles it to."""
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-    pattern, kind = "*.py", "standard library"
-    if name == "machine_code":
-        pattern, kind = f"*{sysconfig.get_config_var('EXT_SUFFIX')}", "compiled modules"
-    documents = find_documents(Path(sysconfig.get_path("stdlib")), pattern, skip)
+    documents = find_documents(Path(sysconfig.get_path("stdlib")), "*.py", skip)
     if not documents:
-        raise UserError(f"this Python has no {kind} as files ({pattern})")
-    write_dataset(name, documents, "byte", f"Python {platform.python_version()}'s {kind}")
+        raise UserError("this Python has no standard library as files (*.py)")
+    source = f"Python {platform.python_version()}'s standard library"
+    if name == "bytecode":
+        documents, source = [Document(doc.name, bytecode(doc.read())) for doc in documents], f"{source}, compiled"
+    write_dataset(name, documents, "byte", source)
+
+
+def bytecode(source):
+    """Python source -> its instructions, two bytes each: what to do, and the lowest byte of its argument (0 where it takes
+    none); a function's follow those of what defines it. No names, constants or inline caches. Nothing is executed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of strings with odd escapes
+        code = [compile(source, "a module", "exec", dont_inherit=True)]
+    for function in code:  # which grows
+        code += [constant for constant in function.co_consts if isinstance(constant, types.CodeType)]
+    instructions = itertools.chain.from_iterable(map(dis.get_instructions, code))
+    return bytes(byte for step in instructions for byte in (step.opcode, (step.arg or 0) & 255))
 
 
 def shakespeare(name, file=None):
@@ -217,7 +232,7 @@ def read_options(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     datasets = parser.add_subparsers(dest="dataset", metavar="NAME", required=True)
     datasets.add_parser("stdlib")
-    datasets.add_parser("machine_code")
+    datasets.add_parser("bytecode")
     for name in ("shakespeare_char", "shakespeare"):
         datasets.add_parser(name).add_argument("--input", help="a copy of the text, where there is no network")
     own = datasets.add_parser("text")
@@ -245,7 +260,7 @@ def shard_range(text):
 
 def main(argv=None):
     options = read_options(argv)
-    if options.dataset in ("stdlib", "machine_code"):
+    if options.dataset in ("stdlib", "bytecode"):
         standard_library(options.dataset)
     elif options.dataset == "text":
         text(options.name, options.input, options.tokenizer)
