@@ -56,9 +56,9 @@ class GPTConfig:
 
 # The three queries. x (B, T, d) is the block's input after ln_1; all return q (B, T, d). With these three, nothing else in
 # the model depends on the query mode, and the softmax scale is 1/sqrt(head_size) in every mode.
-# Without LayerNorms and skips a linear W_Q can be absorbed exactly by its neighbours, which leaves the identity; with them
-# the identity is reported to train about as well. So the paper spends the parameters of W_Q on a query that is not linear:
-# the mean of x and f(x), which start equally large, since each leaves a LayerNorm. The identity query has f = 0.
+# Without LayerNorms, skips and a tied head a linear W_Q can be absorbed exactly by its neighbours: the identity is left. With
+# them the identity is reported to train about as well. So the paper spends the parameters of W_Q on a query that is not
+# linear: the mean of x and f(x), which start equally large, since each leaves a LayerNorm. The identity query has f = 0.
 
 
 class LinearQuery(nn.Module):
@@ -157,7 +157,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """GELU(x W_1) W_2 at each position alone; d -> mlp_hidden -> d."""
+    """GELU(x W_fc) W_proj at each position alone; d -> mlp_hidden -> d."""
 
     def __init__(self, config):
         super().__init__()

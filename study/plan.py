@@ -52,17 +52,19 @@ class Study:
         return next(iter(self.arms))
 
     def failure(self, run):
-        """Why a run must not be averaged with others, or "". It never learned where its training loss, smoothed over a
-        tenth of the run, ends above what counting trigrams reaches, or is above the bigrams' in most of the run."""
+        """Why a run must not be averaged with others, or "". It never learned where its validation loss ends above what
+        counting trigrams reaches, or where its training loss, smoothed over a tenth of the run, is above the bigrams' in
+        most of it."""
         record = self.records[run]
-        if math.isinf(final_loss(record)):
+        loss = final_loss(record)
+        if math.isinf(loss):
             return "diverged"
         if not self.ngrams:
             return ""
-        losses = [loss for _, loss, _ in record["curve"]]
+        losses = [training_loss for _, training_loss, _ in record["curve"]]
         width = max(1, len(losses) // 10)
         smooth = np.convolve(losses, np.full(width, 1 / width), mode="valid")
-        return "never learned" if smooth[-1] > self.ngrams[3] or (smooth > self.ngrams[2]).mean() > 0.5 else ""
+        return "never learned" if loss > self.ngrams[3] or (smooth > self.ngrams[2]).mean() > 0.5 else ""
 
     # Which runs.
 

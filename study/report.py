@@ -168,11 +168,13 @@ def lines(study):
     counts = ", ".join(f"{n}-grams {loss:.4f}" for n, loss in study.ngrams.items() if n > 1)
     words = f"Counting the same tokens reaches: {counts} (interpolated after Witten and Bell)."
     losses = study.losses(study.measured())
-    off = {arm: np.mean([*found.values()]) - study.ngrams[5] for arm, found in losses.items() if found}
+    best = min(study.ngrams, key=study.ngrams.get)
+    off = {arm: np.mean([*found.values()]) - study.ngrams[best] for arm, found in losses.items() if found}
     above = [f"{arm} by {nats:.4f}" for arm, nats in off.items() if nats > 0]
     if above:
-        return f"{words} **The study is too short to conclude**: above the 5-grams ended {', '.join(above)}."
-    return f"{words} Every arm ended below the 5-grams." if off else words
+        short = "**The study is too short to conclude, whatever its verdicts say**"
+        return f"{words} {short}: above the {best}-grams ended {', '.join(above)}."
+    return f"{words} Every arm ended below the {best}-grams." if off else words
 
 
 def seed_table(study):

@@ -64,7 +64,7 @@ def verdict(mean, low, high, p, margin, n):
         return "equivalent within the margin"
     if low > 0 or high < 0:
         return "not distinguishable after Holm's correction"
-    seeds = math.ceil(n * ((high - low) / 2 / (TIGHT * margin)) ** 2)
+    seeds = seeds_for((high - low) / 2 / half_width(1, n), TIGHT * margin)
     return f"not distinguishable (if they are equal, about {seeds} seeds show it within ± {margin:g} %)"
 
 

@@ -129,7 +129,7 @@ def test_the_recipe_for_a_query_of_ones_own(tiny_config):
     pytest.importorskip("scipy", reason="a study needs scipy")
     pytest.importorskip("matplotlib", reason="a study needs matplotlib")
     words = [tiny_config, *ablate_line[3:], "--dry-run"]
-    assert "query_mode=sigmoid" in python("-m", "study.ablate", *words)
+    assert "sigmoid-lr" in python("-m", "study.ablate", *words)
 
 
 def test_the_configs_and_the_parameters_in_the_tables():

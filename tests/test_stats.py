@@ -85,8 +85,9 @@ def test_a_comparison_that_is_added_later_leaves_the_others_as_they_are():
         (0.1, 0.9, 0.01, "worse"),
         (0.1, 0.9, 0.06, "not distinguishable after Holm's correction"),
         (-0.4, 0.3, 0.6, "equivalent within the margin"),
-        # 6 (0.6/0.3)²
-        (-0.6, 0.6, 0.6, "not distinguishable (if they are equal, about 24 seeds show it within ± 0.5 %)"),
+        # differences deviate by 0.6 √6 / 2.5706 = 0.5717: t's quantile of 16 seeds is 2.1314, ± 0.3047;
+        # of 17 seeds 2.1199, ± 0.2940, which is below 0.6 * 0.5
+        (-0.6, 0.6, 0.6, "not distinguishable (if they are equal, about 17 seeds show it within ± 0.5 %)"),
         (math.nan, math.nan, math.nan, "too few runs"),
     ],
 )
@@ -240,7 +241,8 @@ def test_ngram_losses_are_those_of_the_rule(objective, around, tiny_data):
     [
         ([2.5] * 4 + [2.0, 1.8, 1.6, 1.5, 1.5, 1.5], 1.5, ""),
         ([2.5] * 6 + [2.2, 1.8, 1.5, 1.5], 1.5, "never learned"),  # as bigrams for most of the run
-        ([2.5] * 4 + [1.8] * 6, 1.8, "never learned"),  # never as good as trigrams
+        ([2.5] * 4 + [1.5] * 6, 1.8, "never learned"),  # never as good as trigrams, which are counted in val.bin, too
+        ([2.5] * 4 + [1.8] * 6, 1.5, ""),
         ([2.5] * 4 + [1.5] * 6, math.inf, "diverged"),
     ],
 )
@@ -250,6 +252,23 @@ def test_a_run_that_never_learns_is_told(levels, final, words):
     study, run = empty_study("ab"), Run("a", 1.0, 3)
     study.records[run] = record(final, curve)
     assert study.failure(run) == words
+
+
+@pytest.mark.parametrize(
+    "counts, words",
+    [
+        ({4: 1.6, 5: 1.4}, "above the 5-grams ended b by 0.1000."),
+        ({4: 1.25, 5: 1.4}, "above the 4-grams ended a by 0.0500, b by 0.2500."),
+        ({4: 1.6, 5: 1.55}, "Every arm ended below the 5-grams."),
+    ],
+)
+def test_arms_that_are_no_better_than_the_best_counts_are_told(counts, words):
+    report = pytest.importorskip("study.report", reason="needs matplotlib")
+    study = empty_study("ab", ngrams={1: 3.0, 2: 2.3, 3: 1.7} | counts)
+    for arm, seed, loss in (("a", 3, 1.2), ("a", 4, 1.4), ("b", 3, 1.5), ("b", 4, 1.5)):
+        study.records[Run(arm, 1.0, seed)] = record(loss)
+    lines = report.lines(study)
+    assert lines.endswith(words) and ("too short to conclude" in lines) == words.startswith("above")
 
 
 # The search, on a loss that is known.
