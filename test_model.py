@@ -321,7 +321,7 @@ def test_generation_depends_on_its_own_generator_alone():
 def test_generation_heeds_each_option_of_sampling():
     model, prompt = small(scale=1.0), tokens(2, 3)
     likeliest = model.generate(prompt, 30, temperature=0)
-    for option in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-6}):
+    for option in ({"top_k": 1}, {"top_p": 1e-6}, {"top_p": 1e-50}, {"temperature": 1e-6}):
         assert torch.equal(model.generate(prompt, 30, **option), likeliest), option
     assert not torch.equal(model.generate(prompt, 30), likeliest)
     assert next(model.generate_tokens(prompt, 1)).is_inference()

@@ -189,16 +189,16 @@ def main(argv=None):
     register()
     study, options = read_options(argv)
     with contextlib.nullcontext() if options.dry_run else locked(study.folder):
+        runs.check_plan(study)
         runs.read(study)
         runs.check(study)
-        runs.check_plan(study)
         if options.dry_run:
             print_runs(study)
             return 0
         command = shlex.join(["python", "-m", "study.ablate", *argv])
         runs.write_plan(study, command)
         runs.tidy(study)
-        if not study.ngrams:
+        if not (study.ngrams and study.records):  # else they are of the runs' settings and data, which were checked
             runs.count_ngrams(study)
         if options.speed:
             measure_speeds(study)

@@ -62,7 +62,8 @@ def about(configs):
     flat = [{**c["settings"], **c["model"], **c["data"], **c["versions"], **c} for c in configs]
     for c in flat:
         c["tokens"] = c["max_iters"] * c["batch_size"] * c["gradient_accumulation_steps"] * c["block_size"]
-        c["commit"] = str(c["commit"])[:9]
+        commit, dirty, _ = str(c["commit"]).partition("-dirty")
+        c["commit"] = commit[:9] + dirty
     return ABOUT.format(**{key: listed(sorted({c[key] for c in flat})) for key in re.findall(r"{(\w+)}", ABOUT)})
 
 
@@ -139,7 +140,7 @@ def arm_table(study):
         with torch.device("meta"):
             flops = flops_per_token(GPT(GPTConfig(**config["model"])))
         row += [f"{config['parameters'][key]:,}" for key in ("non_embedding", "query_path")] + [f"{flops / 1e6:.2f}"]
-        rows.append([*row, f"{speeds[arm] / speeds[base]:.2f}" if arm in speeds else ""])
+        rows.append([*row, f"{speeds[arm] / speeds[base]:.2f}" if {arm, base} <= speeds.keys() else ""])
     header = ["arm", "best rate", "usable rates", f"{loss_name(study).lower()} (n)", f"against {base}"]
     header += ["against others", "failed", "clipped", "non-embedding parameters", "query path", "MFLOP", "tokens/s"]
     return table(header, rows)

@@ -110,22 +110,23 @@ def read(study):
     folder = RunFolder(study.folder)
     if folder.holds("ngrams.json"):
         study.ngrams = {int(n): loss for n, loss in folder.read_json("ngrams.json").items()}
-    # A run that is done tells which ones come next: so look again as long as there are more.
+    # A run that is done tells which ones come next: so look again as long as there are more. Always from the beginning: what
+    # other runs ask for must not depend on which of them were known when.
+    study.records.clear()
     while new := [run for run in study.runs() if run in found and run not in study.records]:
         study.records.update({run: found[run] for run in new})
 
 
 def count_ngrams(study):
-    """Write ngrams.json: the loss on val.bin of n-grams, counted in the tokens that the first measuring seed's runs see.
-    Where the arms see different tokens, there is none."""
+    """Write ngrams.json: the loss on val.bin of n-grams, counted in the tokens that the first measuring seed's runs see; empty
+    where the arms see different tokens."""
     seen, run = set(), Run(study.baseline, study.learning_rates[0], study.seeds[0])
     for arm in study.arms:
         settings, config, data = settings_of(study, run._replace(arm=arm), study.devices[0])
         tokens = settings.max_iters, settings.batch_size * settings.gradient_accumulation_steps, config.block_size
         seen.add((settings.dataset, settings.objective, settings.mask_share, *tokens))
-    if len(seen) == 1 and (losses := ngram_losses(data, settings)):
-        study.ngrams = losses
-        RunFolder(study.folder).write_json("ngrams.json", losses)
+    study.ngrams = ngram_losses(data, settings) if len(seen) == 1 else {}
+    RunFolder(study.folder).write_json("ngrams.json", study.ngrams)
 
 
 def add(study, run, record):
@@ -134,7 +135,6 @@ def add(study, run, record):
     before = path.read_bytes() if path.exists() else b""
     with new_file(path) as f:
         f.write(before + line.encode())
-    study.records[run] = record
 
 
 def go(study):
@@ -193,7 +193,8 @@ def end(study, run, status):
     read(study)  # it may ask for runs that were recorded before
     check(study)
     shutil.rmtree(folder.path)
-    found, failure = f"val loss {summary['final_val_loss']:.4f}" if summary else "", study.failure(run)
+    found = f"val loss {summary['final_val_loss']:.4f}" if summary else ""
+    failure = study.failure(run) if run in study.records else "not needed after all"
     print(f"{run}: {' '.join(filter(None, (found, failure)))}; {study.to_go()} to go", flush=True)
 
 

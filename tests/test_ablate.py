@@ -103,9 +103,11 @@ def test_a_study_of_encoders_says_what_its_loss_is_of():
     (loss,), text = losses().values(), Path("r/report.md").read_text()
     assert "| masked-token loss (n) | " in text and f" | {loss:.4f} (1) | " in text and "alidation loss" not in text
     assert runs.load(Path("r")).ngrams[1] == pytest.approx(math.log(21), abs=0.1)  # letters at random, of 21
-    # Where arms do not see the same, no table of counts judges them.
+    # Where arms do not see the same, no table of counts judges them, and none that was counted before.
+    Path("both").mkdir()
+    Path("both/ngrams.json").write_text('{"2": 3.0, "3": 0.1, "5": 0.1}')
     assert ablate.main(["tiny.py", "--objective=next,masked", "--tune=", "--seed=1", "--out=both"]) == 0
-    assert not Path("both/ngrams.json").exists() and len(records("both")) == 2
+    assert runs.load(Path("both")).ngrams == {} and len(records("both")) == 2
 
 
 def test_the_same_command_runs_nothing_again_and_a_dry_run_measures_only(grid, capsys):
@@ -194,6 +196,8 @@ def test_the_speed_of_each_arm_is_measured_apart(grid, monkeypatch, capsys):
     assert ablate.main([*GRID, "--speed"]) == 0
     assert list(json.loads(Path("r/speed.json").read_text()).values()) == [100, 200, 310, 400]
     assert re.search(rf"\| {re.escape(NONLINEAR)} .* \| 3.10 \|\n", Path("r/report.md").read_text())
+    Path("r/speed.json").write_text(json.dumps({NONLINEAR: 310}))
+    assert ablate.main(GRID) == 0 and "3.10" not in Path("r/report.md").read_text()
 
 
 CHANGES = ["max_iters was 12, now is 13", "beta2 was 0.95, now is 0.5", "mlp_hidden was 64, now is 99"]
@@ -300,27 +304,40 @@ def test_a_grid_that_is_killed_goes_on_where_it_was(number):
     assert losses()[f"{LINEAR}-lr0.01-seed2"] == pytest.approx(whole["final_val_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("devices", [["cpu"], ["cpu", "cpu", "cpu"]])
-def test_a_device_waits_for_what_only_others_can_tell_and_no_run_is_made_twice(devices, monkeypatch):
+@pytest.fixture
+def simulated(monkeypatch):
+    """A function loss(run) -> a maker of empty studies, whose runs end with that loss, some after others that began later; and
+    the list of the runs that were started."""
+
+    def simulate(loss, devices, rates, patience=lambda: 0):
+        started = []
+
+        def begin(study, run, device, folder):
+            started.append(run)
+            folder, waits = RunFolder(folder), iter([None] * patience())
+            folder.path.mkdir(parents=True)
+            folder.write_json("config.json", {})
+            folder.write_json("summary.json", {"final_val_loss": loss(run), "seconds": 1, "tokens_per_second": 1})
+            folder.write_text("metrics.jsonl", "")
+            return SimpleNamespace(poll=lambda: next(waits, 0), returncode=0)
+
+        def empty():
+            rest = dict(comparisons=[["b", "a"]], margin=0.5, half_width=None, spread=0.5, folder=Path("r"))
+            return Study("c.py", {"a": {}, "b": {}}, rates, [1, 2], [3, 4], devices=["cpu"] * devices, **rest)
+
+        monkeypatch.setattr(time, "sleep", lambda _: None)
+        monkeypatch.setattr(runs, "start", begin)
+        monkeypatch.setattr(runs, "check", lambda study: None)
+        return empty, started
+
+    return simulate
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_a_device_waits_for_what_only_others_can_tell_and_no_run_is_made_twice(devices, simulated):
     """The whole of a tuned study, where a run takes no time; then without one of its first runs."""
-    best, started = {"a": 1e-3, "b": 3e-2}, []
-    rest = dict(comparisons=[["b", "a"]], margin=0.5, half_width=None, spread=0.5, folder=Path("r"), devices=devices)
-
-    def empty():
-        return Study("c.py", {"a": {}, "b": {}}, [4e-3, 8e-3], [1, 2], [3, 4], **rest)
-
-    def begin(study, run, device, folder):
-        started.append(run)
-        folder, loss = RunFolder(folder), 1 + math.log2(run.learning_rate / best[run.arm]) ** 2
-        folder.path.mkdir(parents=True)
-        folder.write_json("config.json", {})
-        folder.write_json("summary.json", {"final_val_loss": loss, "seconds": 1, "tokens_per_second": 1})
-        folder.write_text("metrics.jsonl", "")
-        return SimpleNamespace(poll=lambda: 0, returncode=0)
-
-    monkeypatch.setattr(time, "sleep", lambda _: None)
-    monkeypatch.setattr(runs, "start", begin)
-    monkeypatch.setattr(runs, "check", lambda study: None)
+    best = {"a": 1e-3, "b": 3e-2}
+    empty, started = simulated(lambda run: 1 + math.log2(run.learning_rate / best[run.arm]) ** 2, devices, [4e-3, 8e-3])
     study = empty()
     assert runs.go(study) == 0 and study.to_go() == 0 and set(study.records) == set(study.runs()) == set(started)
     assert len(started) == len(set(started))
@@ -332,6 +349,21 @@ def test_a_device_waits_for_what_only_others_can_tell_and_no_run_is_made_twice(d
     runs.read(again)
     assert len(again.records) < len(study.records) - 1  # what follows from that run is not asked for yet
     assert runs.go(again) == 0 and started == [first] and again.records == study.records
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_a_study_finds_does_not_depend_on_which_run_ended_first(seed, simulated):
+    """Where losses are so noisy that a rate is asked for by one run, and not once another one has ended, too."""
+    rng = np.random.default_rng(seed)
+
+    def loss(run):
+        return 3 + 0.02 * math.log2(run.learning_rate / 4e-3) ** 2 + rng.normal(0, 0.03)
+
+    empty, _ = simulated(loss, 3, [4e-3], lambda: rng.integers(0, 5))
+    study, again = empty(), empty()
+    runs.go(study)
+    runs.read(again)
+    assert again.to_go() == 0 and again.records == study.records
 
 
 # What is published.
@@ -358,6 +390,20 @@ def test_the_intervals_in_the_texts_are_those_of_studies_that_are_done():
     for text in (STUDY_README, (ROOT / "README.md").read_text("utf-8")):
         told = set(re.findall(pattern, text))
         assert told and told <= done
+
+
+def test_an_arm_that_is_added_later_uses_all_runs_that_are_there(tmp_path, monkeypatch):
+    """Also those of the seeds that the width of intervals asked for: only the new arm is to be run."""
+    shutil.copytree(MAIN, tmp_path / "s")
+    study, seen = runs.load(MAIN), []
+    arms = ",".join([*study.arms, "gated"])
+    pairs = ",".join(map(":".join, [*study.comparisons, ["gated", "linear"]]))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(runs, "check", lambda study: None)  # which needs the data
+    monkeypatch.setattr(ablate, "print_runs", seen.append)
+    options = [f"--out={tmp_path / 's'}", f"--arm={arms}", f"--compare={pairs}", "--dry-run"]
+    assert ablate.main([f"@{MAIN / 'plan.txt'}", *options]) == 0
+    assert seen[0].records == study.records and seen[0].to_go() == 2 + 8  # two rates first, and eight seeds
 
 
 def test_the_published_ladder_is_that_of_its_studies():

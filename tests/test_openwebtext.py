@@ -442,12 +442,14 @@ def test_a_full_disk_leaves_what_is_finished(hub, corpus, when, limit):
 @pytest.mark.parametrize("short_of", [0, 1])
 def test_the_room_that_is_asked_for(short_of, monkeypatch, tmp_path):
     """For two downloads at a time but for what is there, their tokens in 1.5 times the space, and a copy of all tokens."""
-    (tmp_path / "a.tar").write_bytes(bytes(20))
+    for name, size in (("0.tar", 7), ("1.tar", 20)):  # kept from before, and a part of one that is to do
+        (tmp_path / name).write_bytes(bytes(size))
     free = (100 + 50 - 20) + 270 + (10 + 270) - short_of
     monkeypatch.setattr(openwebtext.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     refused = pytest.raises(UserError, match="680B are needed") if short_of else contextlib.nullcontext()
     with refused:
-        openwebtext.check_space(tmp_path, [SimpleNamespace(size=size) for size in (30, 100, 50)], 10, 2)
+        archives = [SimpleNamespace(path=tmp_path / f"{i}.tar", size=size) for i, size in ((1, 30), (2, 100), (3, 50))]
+        openwebtext.check_space(tmp_path, archives, 10, 2)
 
 
 def test_what_is_told_before_anything_is_done(hub, monkeypatch, capsys):

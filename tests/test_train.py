@@ -2,11 +2,14 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
 import re
+import shutil
 import signal
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -24,10 +27,11 @@ import train
 from model import GPT, GPTConfig
 from prepare_data import Dataset
 from train import Settings, get_batch, get_holes, get_lr, get_offsets
+from utils import checkpoint as checkpoint_module
 from utils import device as device_module
 from utils.checkpoint import RunFolder
 from utils.device import autocast, flops_per_token, resolve
-from utils.settings import UserError, clock, read_command, short
+from utils.settings import UserError, clock, read_command, run_program, short
 from utils.watch import check_loss_scale, largest_attention_logit
 
 
@@ -588,11 +592,42 @@ FAILURES = [
 
 
 @pytest.mark.parametrize("effect, words", FAILURES)
-def test_a_failed_step_says_what_to_change(effect, words, tiny_config, monkeypatch):
+def test_a_failed_step_says_what_to_change(effect, words, tiny_config, monkeypatch, capsys):
     monkeypatch.setattr(train, "train_step", mock.Mock(side_effect=effect))
     monkeypatch.setattr(train.Objective, "compile", lambda self: None)
-    with pytest.raises(UserError, match=words):
-        train.main([tiny_config, f"--compile={'--compile' in words}"])
+    with pytest.raises(SystemExit):
+        run_program(lambda: train.main([tiny_config, f"--compile={'--compile' in words}"]))
+    assert re.search(words, capsys.readouterr().err)
+
+
+def test_a_program_runs_where_the_output_is_no_terminal_or_file(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # as in a notebook
+    with pytest.raises(SystemExit):
+        run_program(lambda: print("told"))
+    assert sys.stdout.getvalue() == "told\n"
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
+def test_the_commit_is_dirty_where_the_code_was_changed(tmp_path, monkeypatch):
+    """But not by what a study leaves, nor by files that git does not know."""
+
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.setattr(checkpoint_module, "__file__", str(tmp_path / "utils/checkpoint.py"))
+    assert checkpoint_module.git_commit() is None
+    for name in ("study/results/a", "utils/b"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(name)
+    git("init")
+    assert checkpoint_module.git_commit() is None
+    git("add", ".")
+    git("-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-m", "one")
+    (tmp_path / "study/results/a").write_text("more")
+    (tmp_path / "new").write_text("more")
+    assert checkpoint_module.git_commit() == git("rev-parse", "HEAD")
+    (tmp_path / "utils/b").write_text("more")
+    assert checkpoint_module.git_commit() == git("rev-parse", "HEAD") + "-dirty"
 
 
 def test_flops_per_token_equal_what_torch_counts():
@@ -605,6 +640,12 @@ def test_flops_per_token_equal_what_torch_counts():
 
 
 PEAKS = {"NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H200 NVL": 836, "Tesla T4": None}
+PEAKS |= {
+    "NVIDIA RTX A1000": None,
+    "NVIDIA GH200 480GB": 989,
+    "NVIDIA A100-SXM4-40GB": 312,
+    "NVIDIA A100-SXM4-40GB MIG 1g.5gb": None,
+}
 PEAKS |= {"NVIDIA GeForce RTX 4090 D": 147, "NVIDIA GeForce RTX 4090": 165, "NVIDIA B200": 2250}
 
 

@@ -3,6 +3,7 @@
 Keys are the settings of train.py. Nothing is run: what is printed was counted on tensors without values.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -53,9 +54,10 @@ def count_memory(settings, config, gpus, parameters):
 def read_options(argv):
     parser = Parser(prog="python -m tools.bench plan", description=__doc__)
     count = checked(int, lambda n: n >= 1, "must be at least 1")
+    positive = checked(float, lambda x: 0 < x < math.inf, "must be above 0")
     share = checked(float, lambda s: 0 < s <= 1, "is not above 0 and at most 1")
     parser.add_argument("--gpus", type=count, default=1)
-    parser.add_argument("--tflops", type=count, default=989, help="peak of one, dense bf16; default 989, an H100's")
+    parser.add_argument("--tflops", type=positive, default=989, help="peak of one, dense bf16; default 989, an H100's")
     parser.add_argument("--share", type=share, default=0.4, help="of the peak that is reached; default 0.4")
     options, rest = parser.parse_known_args(argv)
     options.what, (options.settings, options.config) = "plan", read_command(rest, train.Settings, GPTConfig)
@@ -80,7 +82,7 @@ def print_plan(options):
     print(f"parameters  {parameters:,}")
     print(f"tokens      {tokens:.3g}: {settings.max_iters:,} steps of {sequences} sequences of {config.block_size:,}")
     print(f"FLOPs       {tokens * flops:.3g}: {flops:.3g} a token, forward and backward")
-    print(f"time        {hours:.1f} hours at {options.share:.0%} of {gpus} x {options.tflops} TFLOP/s")
+    print(f"time        {hours:.1f} hours at {options.share:.0%} of {gpus} x {options.tflops:g} TFLOP/s")
     print(f"memory      {sum(parts.values()) / 1e9:.1f} GB a GPU, compiled, {settings.batch_size} sequences at a time:")
     print("\n".join(f"{size / 1e9:15.2f} GB {part}" for part, size in parts.items()))
     print("counted, not measured; what CUDA and NCCL take, and fragmentation, come on top")

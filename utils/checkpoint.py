@@ -243,9 +243,16 @@ def start_wandb(settings, record):
 
 def git_commit():
     """The commit of this code, with -dirty where it was changed since; None where git cannot tell."""
-    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+
+    def git(*words):
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+        return done.stdout.strip()
+
     with contextlib.suppress(OSError):
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+        commit = git("rev-parse", "--verify", "--quiet", "HEAD")
+        results = ":(exclude)study/results"  # which grow while a study runs
+        changed = commit and git("status", "--porcelain", "--untracked-files=no", "--", ".", results)
+        return commit + "-dirty" * bool(changed) or None
 
 
 def check_resume(before, now, may_change=MAY_CHANGE):

@@ -69,7 +69,9 @@ def peak_tflops(device):
     peaks = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 836, "H200": 989, "A100": 312, "L40S": 362}
     peaks |= {"B200": 2250, "RTX 4090 D": 147, "RTX 4090": 165, "RTX 5090": 209}
     name = device_name(device) if device.startswith("cuda") else ""
-    return next((float(peak) for part, peak in peaks.items() if part in name and "Laptop" not in name), None)
+    if "Laptop" in name or "MIG" in name:  # slower ones, and parts, of the same name
+        return None
+    return next((float(peak) for part, peak in peaks.items() if re.search(rf"{part}\b", name)), None)
 
 
 def flops_per_token(model):

@@ -161,7 +161,7 @@ def check_space(folder, archives, done, n_kept):
     """Refuse to begin where the disk has too little room. done: bytes of tokens; n_kept: downloads at a time."""
     sizes = sorted((archive.size for archive in archives), reverse=True)
     tokens = int(sum(sizes) * TOKEN_BYTES_PER_ARCHIVE_BYTE)
-    here = sum(path.stat().st_size for path in folder.glob("*.tar"))
+    here = sum(archive.path.stat().st_size for archive in archives if archive.path.exists())
     need, free = max(0, sum(sizes[:n_kept]) - here) + tokens, shutil.disk_usage(folder).free
     need += done + tokens  # the data set is a second copy
     print(f"{len(archives)} archives to do; needs {short(need)}B on the disk", flush=True)

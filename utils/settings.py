@@ -35,7 +35,8 @@ class Parser(argparse.ArgumentParser):
 
 def run_program(main):
     """Call main() and exit with what it returns; a mistake of the user or a failing disk becomes one line."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
+    with contextlib.suppress(AttributeError):  # of what a notebook has in its place
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
     try:
         leave(main())
     except KeyboardInterrupt:
@@ -44,7 +45,7 @@ def run_program(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         leave(141)
     except Exception as e:
-        if out_of_memory(e):
+        if out_of_memory(e) and not isinstance(e, UserError):  # which says more
             e = UserError("out of memory: do less at a time (--num_samples, --batch_size), or a smaller model")
         if not isinstance(e, (UserError, OSError)):
             raise
