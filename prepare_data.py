@@ -187,15 +187,15 @@ def standard_library(name):
 
 
 def bytecode(source):
-    """Python source -> its instructions, two bytes each: what to do, and the lowest byte of its argument (0 where it takes
-    none); a function's follow those of what defines it. No names, constants or inline caches. Nothing is executed."""
+    """Python source -> its instructions, two bytes each: the operation, and the lowest byte of its argument. Those of a
+    function follow those of what defines it; no names, constants or inline caches. Nothing is executed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of strings with odd escapes
-        code = [compile(source, "a module", "exec", dont_inherit=True)]
+        code, pairs = [compile(source, "a module", "exec", dont_inherit=True)], []
     for function in code:  # which grows
         code += [constant for constant in function.co_consts if isinstance(constant, types.CodeType)]
-    instructions = itertools.chain.from_iterable(map(dis.get_instructions, code))
-    return bytes(byte for step in instructions for byte in (step.opcode, (step.arg or 0) & 255))
+        pairs += zip(function.co_code[::2], function.co_code[1::2])
+    return bytes(itertools.chain.from_iterable(pair for pair in pairs if pair[0] != dis.opmap.get("CACHE")))
 
 
 def shakespeare(name, file=None):
