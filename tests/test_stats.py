@@ -30,7 +30,7 @@ def empty_study(arms, rates=(1.0,), tuning=(), seeds=(3, 4), **more):
 
 
 def test_comparisons_added_later_ask_for_no_more_seeds():
-    study, rng = empty_study("abc", seeds=range(12), half_width=1.0, planned=1), np.random.default_rng(0)
+    study, rng = empty_study("abc", seeds=range(12), half_width=1.0, planned=1, ngrams={}), np.random.default_rng(0)
     for arm, sd in zip("abc", (0.001, 0.001, 1.0)):
         study.records.update({Run(arm, 1.0, seed): record(2 + rng.normal(0, sd)) for seed in range(12)})
     assert len(study.measuring_seeds()) == 6
@@ -170,7 +170,7 @@ def test_equal_arms_are_called_equivalent_in_4_of_5_studies_of_the_planned_size(
 @pytest.mark.parametrize("half_width, seeds", [(None, 12), (10, 6), (0.01, 12)])
 @pytest.mark.parametrize("shift", [0, 0.3])
 def test_seeds_come_in_pairs_to_all_arms_until_the_intervals_are_narrow(half_width, seeds, shift):
-    study = empty_study("ab", seeds=range(12), half_width=half_width)
+    study = empty_study("ab", seeds=range(12), half_width=half_width, ngrams={})
     rng, asked = np.random.default_rng(0), []
     while todo := [run for run in study.runs() if run not in study.records]:
         study.records[todo[0]] = record(rng.normal(2 + shift * (todo[0].arm == "b"), 0.01))
@@ -329,7 +329,7 @@ def test_what_a_seed_does_to_all_runs_decides_no_rate(shift):
 def test_a_rate_at_which_a_run_failed_comes_after_all_others():
     """The lowest mean does not help it; and its failure is in the table."""
     means = {4e-3: 1.2, 5.66e-3: 1.1, 8e-3: 1.0, 1.13e-2: 1.05, 1.6e-2: 1.3}
-    fails = {(8e-3, 2): record(1.0, [[1, 2.0, 1.0]])}
+    fails = {(8e-3, 2): record(1.0, [[1, 2.5, 1.0]])}  # as bigrams, 2.3
     study = searched(lambda run: fails.get(run[1:], means[run.learning_rate]), arms="a")
     assert study.search("a")[1] == 1.13e-2 and study.usable_rates("a") == [1.13e-2]
     assert study.failure(Run("a", 8e-3, 2)) == "never learned"
