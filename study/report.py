@@ -233,7 +233,7 @@ def draw(study):
         words = f"{study.baseline}: mean ± standard deviation"
         axes.axhspan(mean - sd, mean + sd, color="#000000", alpha=0.08, lw=0, label=words)
     if best_losses:  # what is far above them leaves the picture
-        low, high = 0.99 * min(best_losses), max(1.12 * max(best_losses), 1.01 * study.ngrams.get(4, 0))
+        low, high = 0.99 * min(best_losses), 1.12 * max(best_losses)
         axes.set_ylim(low, high)
         for n, loss in study.ngrams.items():
             if low < loss < high:
