@@ -288,7 +288,7 @@ def sample(logits, temperature, top_k, top_p, generator):
         logits = logits.masked_fill(logits < kth, -math.inf)
     if top_p is not None:
         probs, order = logits.softmax(dim=-1).sort(descending=True)
-        outside = probs.cumsum(dim=-1) - probs >= max(top_p, 1e-30)  # the likelier ones reach p without this one
+        outside = probs.cumsum(dim=-1) - probs >= max(top_p, 1e-30)  # the likelier ones reach p > 0 without this one
         logits = logits.masked_fill(outside.scatter(1, order, outside), -math.inf)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
 

@@ -220,7 +220,7 @@ def text(name, inputs, tokenizer_kind):
         found = find_documents(path) if path.is_dir() else [Document(path.name, path)]
         if not path.is_dir() and not path.is_file():
             raise UserError(f"--input {path} is no file or folder")
-        if not found or (path.is_file() and not path.stat().st_size):
+        if not any(doc.content.stat().st_size for doc in found):
             raise UserError(f"--input {path} is empty")
         documents += found
     if len({doc.content.resolve() for doc in documents}) < len(documents):

@@ -436,6 +436,19 @@ def test_what_rates_do_to_encoders_as_the_text_tells_it():
     means = {arm: np.mean([*found.values()]) for arm, found in study.losses(study.measured()).items()}
     below = [100 * (1 - means[arm] / study.ngrams[5]) for arm in ("linear", "identity")]
     assert "Linear ends only {:.1f} % below the 5-grams, identity {:.1f} %.".format(*below) in text
+    noise = [(row.high - row.low) / 2 / ablate.stats.half_width(1, 10) for row in study.compare()]
+    assert f"a run's noise was {min(noise):.1f} to {max(noise):.1f} %" in text
+
+
+def test_what_the_test_planned_first_would_give_as_the_text_tells_it():
+    """Unpaired, with one variance for all arms; of nonlinear against linear_matched, as one of eight secondary comparisons."""
+    study, t = runs.load(MAIN), pytest.importorskip("scipy.stats").t
+    x = {arm: np.array([*found.values()]) for arm, found in study.losses(study.measured()).items()}
+    error = math.sqrt(np.mean([found.var(ddof=1) for found in x.values()]) * 2 / 8)
+    tests = [(x[arm].mean() - x[other].mean()) / error for arm, other in study.comparisons[1:]]
+    p = sorted(2 * t.sf(abs(z), 7 * len(x)) for z in tests)
+    assert p[0] < 2 * t.sf(abs(tests[0]), 7 * len(x)) == p[1] and 8 * p[0] < 7 * p[1] < 0.05 < 6 * p[2]
+    assert f"linear_matched, Holm's p {7 * p[1]:.3f} instead of 0.082" in " ".join(STUDY_README.split())
 
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
@@ -445,6 +458,7 @@ def test_every_number_of_the_published_verdicts_computed_anew(folder):
     told, text = json.loads((folder / "study.json").read_text()), (folder / "report.md").read_text("utf-8")
     counts, x, rates, shares = json.loads((folder / "ngrams.json").read_text()), {}, {}, {}
     for line in records(folder).values():
+        assert np.mean([loss for _, loss, _ in line["curve"][-15:]]) < counts["3"]
         assert line["summary"]["final_val_loss"] < counts["3"]
         settings = line["config"]["settings"]
         assert settings["max_iters"] == line["summary"]["steps"] and settings["grad_clip"] == 1
