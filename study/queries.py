@@ -93,8 +93,8 @@ class GatedQuery(nn.Module):
 
 
 class TemperatureQuery(nn.Module):
-    """q = x softplus(x w + b) in each head: a temperature that depends on the token; (d + 1) n_head parameters. After
-    selective self-attention (arXiv:2411.12892). At the start q = x/2."""
+    """q = x softplus(x w + b) in each head: an inverse temperature that depends on the token; (d + 1) n_head parameters. At the
+    start q = x/2. Selective self-attention (arXiv:2411.12892) scales queries so too, but keeps W_Q, and has more terms."""
 
     def __init__(self, config):
         super().__init__()
@@ -162,7 +162,8 @@ def qk_normed(make):
 
 
 class GatedAttention(Attention):
-    """Attention whose output is gated before the output projection: y sigmoid(x W); d² parameters (arXiv:2505.06708)."""
+    """Attention whose output is gated before the output projection: y sigmoid(x W); d² parameters. Gated attention
+    (arXiv:2505.06708) is this beside W_Q."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -218,7 +219,7 @@ class LinearNonlinearKeyQuery(LinearQuery):
     attention = NonlinearKeyAttention
 
 
-class LinearNonlinearValueQuery(LinearQuery):
+class LinearNonlinearValueQuery(MatchedLinearQuery):  # so that its logits start as large as with a nonlinear key
     attention = NonlinearValueAttention
 
 

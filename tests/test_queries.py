@@ -149,8 +149,9 @@ def test_parameters_beyond_those_of_linear(mode):
     assert count(mode) - count("linear") == MORE_THAN_LINEAR[mode]
 
 
-def test_the_matched_linear_query_starts_as_large_as_the_nonlinear_one():
+def test_which_start_as_large_as_the_nonlinear_one():
     x = torch.nn.functional.layer_norm(torch.randn(32, 256, generator=torch.Generator().manual_seed(0)), (256,))
-    for mode, size in (("linear", 0.02 * 16), ("linear_matched", 0.5**0.5), ("nonlinear", 0.5**0.5)):
+    as_large = dict.fromkeys(("linear_matched", "nonlinear", "nonlinear_value"), 0.5**0.5)
+    for mode, size in {"linear": 0.02 * 16, **as_large}.items():
         query = GPT(replace(CONFIG, n_embd=256, n_head=2, query_mode=mode)).blocks[0].attn.query
         assert query(x).std().item() == pytest.approx(size, rel=0.03)
