@@ -436,8 +436,28 @@ def test_what_rates_do_to_encoders_as_the_text_tells_it():
     means = {arm: np.mean([*found.values()]) for arm, found in study.losses(study.measured()).items()}
     below = [100 * (1 - means[arm] / study.ngrams[5]) for arm in ("linear", "identity")]
     assert "Linear ends only {:.1f} % below the 5-grams, identity {:.1f} %.".format(*below) in text
-    noise = [(row.high - row.low) / 2 / ablate.stats.half_width(1, 10) for row in study.compare()]
-    assert f"a run's noise was {min(noise):.1f} to {max(noise):.1f} %" in text
+    assert "a run's noise was {:.1f} to {:.1f} %".format(*noise(study)) in text
+
+
+def noise(study):
+    """What the paired intervals over ten seeds say of a run's standard deviation, in percent: the least, the most."""
+    found = [(row.high - row.low) / 2 / ablate.stats.half_width(1, 10) for row in study.compare()]
+    return min(found), max(found)
+
+
+def test_what_the_text_tells_of_bytecode():
+    study, text = runs.load(MAIN.parent / "bytecode_cpu"), " ".join(STUDY_README.split())
+    tuning = study.tuning_runs("identity")
+    at = [study.mean_loss(tuning[rate], [seed]) for rate, seed in ((8e-3, 1), (8e-3, 2), (5.66e-3, 1), (0.0113, 1))]
+    measured = {arm: [*found.values()] for arm, found in study.losses(study.measured()).items()}
+    words = "two tuning runs there, {:.3f} and {:.3f}, lie below all ten that measure, {:.3f} to {:.3f}"
+    assert words.format(*at[:2], min(measured["identity"]), max(measured["identity"])) in text
+    words = "beside it ({:.3f} and {:.3f}, one run each) show nothing as low as linear's mean, {:.3f}"
+    assert words.format(*at[2:], np.mean(measured["linear"])) in text
+    assert study.search("identity")[1] == 8e-3 and "A run's noise is {:.1f} to {:.1f} %".format(*noise(study)) in text
+    table = report.arm_table(study).splitlines()
+    assert "linear 24 % of" in text and "linear_matched 15 %, identity 7 %, nonlinear 21 %" in text
+    assert ["24", "15", "7", "21"] == [row.split(" | ")[7].split()[0] for row in table[2:]]
 
 
 def test_what_the_test_planned_first_would_give_as_the_text_tells_it():
