@@ -416,7 +416,7 @@ def test_the_published_ladder_is_that_of_its_studies():
     rungs = [runs.load(folder) for folder in PUBLISHED if folder == MAIN or folder.name.startswith("ladder_")]
     found = ladder.sizes([study for study in rungs if not study.to_go()])
     told = (MAIN.parent / "ladder/ladder.md").read_text("utf-8")
-    assert ladder.size_table(found) in told and ladder.size_table(found) in STUDY_README
+    assert ladder.size_table(found) in told
     assert [size for size, *_ in found] == sorted({size for size, *_ in found}) and len(found) > 1
 
 
@@ -442,7 +442,7 @@ def test_what_rates_do_to_encoders_as_the_text_tells_it():
     means = {arm: np.mean([*found.values()]) for arm, found in study.losses(study.measured()).items()}
     below = [100 * (1 - means[arm] / study.ngrams[5]) for arm in ("linear", "identity")]
     assert "Linear ends only {:.1f} % below the 5-grams, identity {:.1f} %.".format(*below) in text
-    assert "a run's noise was {:.1f} to {:.1f} %".format(*noise(study)) in text
+    assert "(the spread of the paired differences, over √2) was {:.1f} to {:.1f} %".format(*noise(study)) in text
 
 
 def noise(study):
@@ -451,19 +451,72 @@ def noise(study):
     return min(found), max(found)
 
 
+def measured(name):
+    """A published study, and the losses of each arm's measuring seeds."""
+    study = runs.load(MAIN.parent / name)
+    return study, {arm: np.array([*found.values()]) for arm, found in study.losses(study.measured()).items()}
+
+
 def test_what_the_text_tells_of_bytecode():
-    study, text = runs.load(MAIN.parent / "bytecode_cpu"), " ".join(STUDY_README.split())
-    tuning = study.tuning_runs("identity")
-    at = [study.mean_loss(tuning[rate], [seed]) for rate, seed in ((8e-3, 1), (8e-3, 2), (5.66e-3, 1), (0.0113, 1))]
-    measured = {arm: [*found.values()] for arm, found in study.losses(study.measured()).items()}
-    words = "two tuning runs there, {:.3f} and {:.3f}, lie below all ten that measure, {:.3f} to {:.3f}"
-    assert words.format(*at[:2], min(measured["identity"]), max(measured["identity"])) in text
-    words = "beside it ({:.3f} and {:.3f}, one run each) show nothing as low as linear's mean, {:.3f}"
-    assert words.format(*at[2:], np.mean(measured["linear"])) in text
-    assert study.search("identity")[1] == 8e-3 and "A run's noise is {:.1f} to {:.1f} %".format(*noise(study)) in text
-    table = report.arm_table(study).splitlines()
-    assert "linear 24 % of" in text and "linear_matched 15 %, identity 7 %, nonlinear 21 %" in text
-    assert ["24", "15", "7", "21"] == [row.split(" | ")[7].split()[0] for row in table[2:]]
+    (study, x), text = measured("bytecode_cpu"), " ".join(STUDY_README.split())
+    assert study.search("identity")[1] == 8e-3 and study.search("linear")[1] == 5.66e-3
+    at = {(run.arm, run.learning_rate, run.seed): r["summary"]["final_val_loss"] for run, r in study.records.items()}
+    tuned = {arm: [at[arm, rate, seed] for seed in (1, 2)] for arm, rate in (("identity", 8e-3), ("linear", 5.66e-3))}
+    words = "two runs at its rate, {:.3f} and {:.3f}, lie below all ten that measure, {:.3f} to {:.3f} (the first"
+    assert words.format(*tuned["identity"], x["identity"].min(), x["identity"].max()) in text
+    assert all(np.less(*tuned.values()))
+    words = "it ended at {:.3f} and {:.3f} with seed 1, linear at its own at {:.3f}"
+    assert words.format(at["identity", 5.66e-3, 1], at["identity", 0.0113, 1], tuned["linear"][0]) in text
+    assert "A run's noise is {:.1f} to {:.1f} %".format(*noise(study)) in text
+    clipped = [row.split(" | ")[7].split()[0] for row in report.arm_table(study).splitlines()[2:]]
+    words = "linear {0} % of the logged steps, linear_matched {1} %, nonlinear {3} %, identity {2} %"
+    assert words.format(*clipped) in text
+    higher = 100 * (x["nonlinear"] / x["linear"] - 1)
+    assert np.argmin(x["linear"]) == np.argmax(x["nonlinear"]) == 2  # seed 5
+    assert (higher < 0).sum() == 7 and f"it is {higher[2]:.1f} % higher" in text
+
+
+def test_what_was_looked_at_afterwards_as_the_text_tells_it():
+    stats, text = pytest.importorskip("scipy.stats"), " ".join(STUDY_README.split())
+
+    def paired(x, y):
+        """In percent of y's mean: the mean difference, its interval, and p."""
+        test = stats.ttest_rel(x, y)
+        interval = np.array(test.confidence_interval()) * 100 / np.mean(y)
+        return interval.mean(), *interval, test.pvalue
+
+    (source, x), (code, y), (_, z), (_, small) = map(
+        measured, ("stdlib_cpu", "bytecode_cpu", "encoder_cpu", "ladder_small_cpu")
+    )
+    mean, _, _, p = paired(x["nonlinear"], x["identity"])
+    assert f"by the same records it is {-mean:.1f} % lower, p = {p:.2f}" in text
+    rest = np.arange(10) != 2
+    words = "without that seed: {:.1f} %, from {:.1f} to {:+.1f}"
+    assert words.format(*paired(y["nonlinear"][rest], y["linear"][rest])[:3]) in text
+    twelve = {}
+    for arm in ("identity", "linear"):
+        tuned = code.tuning_runs(arm)[code.search(arm)[1]]
+        twelve[arm] = [code.mean_loss(tuned, [1]), code.mean_loss(tuned, [2]), *y[arm]]
+    mean, _, _, p = paired(twelve["identity"], twelve["linear"])
+    assert f"With all twelve seeds identity is still {mean:.1f} % worse (p = {p:.3f})" in text
+    found = [paired(z["identity"], z[arm]) for arm in ("linear_matched", "linear_anchored")]
+    assert "by {:.1f} and {:.1f} % (not planned; p < 0.001 each)".format(*(-mean for mean, *_ in found)) in text
+    assert all(p < 0.001 for *_, p in found)
+    gains = []
+    for other in ("linear", "linear_matched"):
+        points = [100 * (v["nonlinear"] - v[other]) / v[other].mean() for v in (small, x)]
+        gains += [points[0].mean() - points[1].mean(), stats.ttest_ind(*points, equal_var=False).pvalue]
+    words = "{:.1f} points on linear (p about {:.3f}, not planned) and {:.1f} on linear_matched (p about {:.2f})"
+    assert words.format(*gains) in text
+
+    def clipped(study, arm, rate):
+        curve = study.records[Run(arm, rate, 1)]["curve"]
+        return 100 * np.mean([norm > 1 for *_, norm in curve])
+
+    arms = ("linear", "nonlinear", "linear_matched")
+    (a, b, c), (d, e, f) = ([f"{clipped(source, arm, rate):.0f}" for arm in arms] for rate in (5.66e-3, 8e-3))
+    assert a == b and d == e and f"both clip {a} % at 0.00566 and {d} % at 0.008, linear_matched {c} and {f} %" in text
+    assert f"identity 7 % ({clipped(code, 'identity', 5.66e-3):.0f} % at" in text
 
 
 def test_what_the_test_planned_first_would_give_as_the_text_tells_it():
