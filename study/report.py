@@ -30,7 +30,7 @@ ABOUT = """Each: {max_iters} steps, {tokens} tokens of {source}; {n_layer} layer
 {device}; torch {torch}; commit {commit}."""
 PLAN = """Primary comparison: {primary}. Secondary: {secondary}.{later} Margin of equivalence: ± {margin:g} %. The seeds \
 {tuning} look for each arm's rate, from {rates} on in steps of √2; {measuring}. Expected standard deviation of a run, without \
-what its seed does to all arms: {spread:g} %, so that {n} seeds find a primary difference of {found:.2f} % in four of five studies."""
+what its seed does to all arms: {spread:g} %, so that {n} seeds find a primary difference of {found:.2f} % in four of five studies.{measured}"""
 NOTE = """{loss} in nats a token after the last step: mean ± standard deviation over the measuring seeds, without runs that \
 failed: that diverged{failed}. Differences are in percent of the other arm's loss, lower is better. Usable rates: \
 within 1 % of the best one's loss over the tuning seeds that both have. MFLOP: of a training step, per token. tokens/s: \
@@ -95,7 +95,14 @@ def plan(study):
         spread=study.spread,
         n=n,
         found=stats.detectable(study.spread, n) if n > 1 else math.inf,
+        measured=measured_spread(study.compare(), n),
     )
+
+
+def measured_spread(comparisons, n):
+    """The standard deviation of a run that the paired differences of n seeds show, in words."""
+    found = [(row.high - row.low) / 2 / stats.half_width(1, n) for row in comparisons if math.isfinite(row.low)]
+    return f" The paired differences show {min(found):.1f} to {max(found):.1f} %." if found else ""
 
 
 def interval(mean, low, high):

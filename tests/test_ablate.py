@@ -442,13 +442,11 @@ def test_what_rates_do_to_encoders_as_the_text_tells_it():
     means = {arm: np.mean([*found.values()]) for arm, found in study.losses(study.measured()).items()}
     below = [100 * (1 - means[arm] / study.ngrams[5]) for arm in ("linear", "identity")]
     assert "Linear ends only {:.1f} % below the 5-grams, identity {:.1f} %.".format(*below) in text
-    assert "(the spread of the paired differences, over √2) was {:.1f} to {:.1f} %".format(*noise(study)) in text
+    assert f"a run's noise was {noise(study)}, not" in text
 
 
 def noise(study):
-    """What the paired intervals over ten seeds say of a run's standard deviation, in percent: the least, the most."""
-    found = [(row.high - row.low) / 2 / ablate.stats.half_width(1, 10) for row in study.compare()]
-    return min(found), max(found)
+    return re.search(r"The paired differences show (.*? %)", report.plan(study))[1]
 
 
 def measured(name):
@@ -467,7 +465,7 @@ def test_what_the_text_tells_of_bytecode():
     assert all(np.less(*tuned.values()))
     words = "it ended at {:.3f} and {:.3f} with seed 1, linear at its own at {:.3f}"
     assert words.format(at["identity", 5.66e-3, 1], at["identity", 0.0113, 1], tuned["linear"][0]) in text
-    assert "A run's noise is {:.1f} to {:.1f} %".format(*noise(study)) in text
+    assert f"A run's noise is {noise(study)}" in text
     clipped = [row.split(" | ")[7].split()[0] for row in report.arm_table(study).splitlines()[2:]]
     words = "linear {0} % of the logged steps, linear_matched {1} %, nonlinear {3} %, identity {2} %"
     assert words.format(*clipped) in text
@@ -556,11 +554,14 @@ def test_every_number_of_the_published_verdicts_computed_anew(folder):
         tests = [ttest(x[arm], x[other]) for arm, other in told["comparisons"]]
         intervals = np.array([test.confidence_interval(0.95) for test in tests])
         base = np.array([x[other].mean() for _, other in told["comparisons"]])
+        differences = np.array([x[arm] - x[other] for arm, other in told["comparisons"]])
+        noise = 100 * differences.std(1, ddof=1) / math.sqrt(2) / base  # the two runs of a pair are equally noisy
         widest = (100 * np.diff(intervals)[:, 0] / 2 / base).max()
         whole = n == len(seeds) or widest <= half_width  # more seeds follow while one is too wide
     assert ("\n\nNone before all runs are done.\n" in text) == (not whole)
     if not whole:
         return
+    assert f"The paired differences show {min(noise):.1f} to {max(noise):.1f} %." in text
     for i, (arm, other) in enumerate(told["comparisons"]):
         nats = np.array([intervals[i].mean(), *intervals[i]])
         words = ["{:+.2f} % [{:+.2f}, {:+.2f}]".format(*v) for v in (100 * nats / base[i], 100 * np.expm1(nats))]
