@@ -413,7 +413,7 @@ def test_stopped_anywhere_it_goes_on(hub, corpus, moment, number):
     out, err = process.communicate(timeout=60)  # it does not wait for the server
     hub.may_hang_up.set()
     if number == "SIGINT":
-        assert process.returncode == 130 and "the same command goes on" in out and err == ""
+        assert (process.returncode, err) == (130, "") and "the same command goes on" in out
     record = WORK / "corpus.json"
     finished = len(json.loads(record.read_text())["archives"]) if record.exists() else 0
     assert not Path("data/openwebtext_3-5").exists()
