@@ -101,7 +101,7 @@ def plan(study):
 
 def measured_spread(comparisons, n):
     """The standard deviation of a run that the paired differences of n seeds show, in words."""
-    found = [(row.high - row.low) / 2 / stats.half_width(1, n) for row in comparisons if math.isfinite(row.low)]
+    found = [stats.noise(row.low, row.high, n) for row in comparisons if math.isfinite(row.low)]
     return f" The paired differences show {min(found):.1f} to {max(found):.1f} %." if found else ""
 
 

@@ -64,7 +64,7 @@ def verdict(mean, low, high, p, margin, n):
         return "equivalent within the margin"
     if low > 0 or high < 0:
         return "not distinguishable after Holm's correction"
-    seeds = seeds_for((high - low) / 2 / half_width(1, n), TIGHT * margin)
+    seeds = seeds_for(noise(low, high, n), TIGHT * margin)
     return f"not distinguishable (if they are equal, about {seeds} seeds show it within ± {margin:g} %)"
 
 
@@ -94,6 +94,11 @@ def half_width(sd, n):
     """Half the width of the interval of a difference, in the unit of sd, the noise of each of the two runs of a seed, with n
     seeds."""
     return t.ppf(1 - LEVEL / 2, n - 1) * sd * math.sqrt(2 / n)
+
+
+def noise(low, high, n):
+    """The noise of each of the two runs of a seed, in the unit of the interval (low, high) of n seeds that shows it."""
+    return (high - low) / 2 / half_width(1, n)
 
 
 def detectable(sd, n):
