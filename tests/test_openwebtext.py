@@ -202,8 +202,15 @@ def prepare_here(corpus, shards="3-5"):
 PROGRAM = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-import sys, time
+import _thread, sys, threading, time
 sys.modules["tqdm"] = None  # as if it was not installed
+
+def press_again(ignored):  # Python drops a Ctrl-C that falls into a callback, such as a weak reference's
+    if ignored.exc_type is not KeyboardInterrupt:
+        return sys.__unraisablehook__(ignored)
+    threading.Timer(0.01, _thread.interrupt_main).start()
+
+sys.unraisablehook = press_again
 import prepare_data
 from utils import openwebtext, settings
 
