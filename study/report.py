@@ -1,4 +1,4 @@
-"""What a study found, as report.md and rates.svg; every number in them is computed from the study's records."""
+"""What a study found, as report.md and its pictures; every number in them is computed from the study's records."""
 
 import itertools
 import math
@@ -35,7 +35,8 @@ NOTE = """{loss} in nats a token after the last step: mean ± standard deviation
 failed: that diverged{failed}. Differences are in percent of the other arm's loss, lower is better. Usable rates: \
 within 1 % of the best one's loss over the tuning seeds that both have. MFLOP: of a training step, per token. tokens/s: \
 measured apart, in turns, relative to {baseline}. Clipped: the share of the logged steps whose gradient \
-was larger than grad_clip, the mean over the measuring seeds and the largest."""
+was larger than grad_clip, the mean over the measuring seeds and the largest. In the picture of the arms a dot is a seed, the \
+bar the mean, the line the interval."""
 RATES = "With the first tuning seed, and further ones where it could not decide; the best rate is bold."
 VERDICTS = """In brackets is the 95 % interval, by the paired t test over the seeds: for each arm at the best rate that was \
 tried, and for this data; it does not contain the error of choosing a rate. p is of no difference, for the secondary \
@@ -44,15 +45,17 @@ are not corrected for the number of comparisons. No verdict rests on a run that 
 
 
 def write(study, command):
-    """Write report.md, and rates.svg into the study's folder."""
+    """Write report.md, rates.svg and arms.svg into the study's folder."""
     left = f", {study.to_go()} or more to go" if study.to_go() else ""
     parts = [f"# {study.folder.name}", f"```sh\n{command}\n```"]
     parts.append(f"{len(study.records)} runs{left}. {about([record['config'] for record in study.records.values()])}")
     parts += ["## The plan", plan(study), "## The verdicts", verdict_table(study), lines(study), VERDICTS]
     parts += ["## Each arm at its best rate", arm_table(study), note(study)]
+    parts += [f"![Each arm's difference from {study.baseline}, every seed a dot](arms.svg)"]
     parts += [f"![{loss_name(study)} against the learning rate, every run a dot](rates.svg)", rate_table(study)]
     parts += [RATES, seed_table(study)]
-    draw(study)
+    draw_rates(study)
+    draw_arms(study)
     RunFolder(study.folder).write_text("report.md", "\n\n".join(filter(None, parts)) + "\n")
     print(f"report: {study.folder / 'report.md'}")
 
@@ -213,25 +216,26 @@ def rate_table(study):
     return table(["arm", *(f"{rate:g}" for rate in rates)], rows) if rates else ""
 
 
-def draw(study):
+def draw_rates(study):
     """rates.svg: validation loss against the learning rate, every run a dot, those of the first tuning seed joined -> its
     figure."""
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes, best_losses, rates = figure.subplots(), [], set()
     losses = study.losses(study.measured())
     for number, (arm, colour) in enumerate(zip(study.arms, itertools.cycle(COLOURS))):
+        marker = "os^D"[number // len(COLOURS) % 4]
         dodge = 1.035 ** (number - (len(study.arms) - 1) / 2)  # so that the arms' dots stand side by side
         runs = [run for run in study.records if run.arm == arm and math.isfinite(final_loss(study.records[run]))]
         for run in runs:
             style = {"fillstyle": "none"} if study.failure(run) else {"markeredgecolor": "none"}
             style |= {"ms": 5, "alpha": 0.9} if run.seed in study.seeds else {"ms": 3.5, "alpha": 0.6}
-            axes.plot(run.learning_rate * dodge, final_loss(study.records[run]), "o", c=colour, **style)
+            axes.plot(run.learning_rate * dodge, final_loss(study.records[run]), marker, c=colour, **style)
         by_rate = sorted(study.tuning_runs(arm).items())
         first = {rate: study.mean_loss(runs, study.tuning_seeds[:1]) for rate, runs in by_rate}
         first = {rate: loss for rate, loss in first.items() if math.isfinite(loss)}
         if first or runs:
             axes.plot([rate * dodge for rate in first], first.values(), "-", color=colour, lw=0.8, alpha=0.7)
-            axes.plot([], [], "o-", color=colour, label=arm)
+            axes.plot([], [], f"{marker}-", color=colour, label=arm)
             best_losses.append(min(final_loss(study.records[run]) for run in runs))
             rates |= {run.learning_rate for run in runs}
     base = [*losses[study.baseline].values()]
@@ -253,6 +257,33 @@ def draw(study):
     axes.minorticks_off()
     axes.grid(alpha=0.2)
     save(figure, study.folder / "rates.svg")
+    return figure
+
+
+def draw_arms(study):
+    """arms.svg: the difference of each arm's measuring runs from the baseline's of the same seeds, every seed a dot, the lowest
+    mean on top; and the interval where the two are compared -> its figure."""
+    losses, base = study.losses(study.measured()), study.baseline
+    mean = np.mean([*losses[base].values()] or [1.0])
+    found = {}
+    for arm in study.arms:
+        shared = losses[arm].keys() & losses[base].keys()
+        if shared and arm != base:
+            found[arm] = [100 * (losses[arm][seed] - losses[base][seed]) / mean for seed in sorted(shared)]
+    arms = sorted(found, key=lambda arm: -np.mean(found[arm]))
+    intervals = {row.arm: row for row in study.compare() if row.other == base}
+    figure = Figure(figsize=(7.5, 0.9 + 0.3 * len(arms)), layout="constrained")
+    axes = figure.subplots()
+    for y, arm in enumerate(arms):
+        axes.plot(found[arm], [y] * len(found[arm]), "o", c=COLOURS[4], ms=4, alpha=0.6, markeredgecolor="none")
+        axes.plot(np.mean(found[arm]), y, "|", c="#000000", ms=11, mew=1.6)
+        if arm in intervals:
+            axes.hlines(y, intervals[arm].low, intervals[arm].high, color="#000000", lw=0.8)
+    axes.axvline(0, color="#555555", lw=0.8)
+    axes.set_yticks(range(len(arms)), arms)
+    axes.set(ylim=(-0.6, len(arms) - 0.4), xlabel=f"{loss_name(study).lower()}, difference from {base} (%)")
+    axes.grid(alpha=0.2)
+    save(figure, study.folder / "arms.svg")
     return figure
 
 

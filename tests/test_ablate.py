@@ -51,7 +51,7 @@ def losses():
     return {name: line["summary"]["final_val_loss"] for name, line in records().items() if line["summary"]}
 
 
-LEFT = {Path("r", name) for name in ("runs.jsonl", "study.json", "ngrams.json", "report.md", "rates.svg")}
+LEFT = {Path("r", name) for name in ("runs.jsonl", "study.json", "ngrams.json", "report.md", "rates.svg", "arms.svg")}
 
 
 @pytest.fixture(scope="module")
@@ -390,6 +390,26 @@ def test_the_intervals_in_the_texts_are_those_of_studies_that_are_done():
     for text in (STUDY_README, (ROOT / "README.md").read_text("utf-8")):
         told = set(re.findall(pattern, text))
         assert told and told <= done
+
+
+def test_the_pictures_show_every_run(tmp_path):
+    study, lines = runs.load(MAIN), records(MAIN).values()
+    study.folder = tmp_path
+    dots = [line.get_xydata() for line in report.draw_rates(study).axes[0].lines if line.get_linestyle() == "None"]
+    told = sorted(line["summary"]["final_val_loss"] for line in lines)
+    assert sorted(y for of_run in dots for _, y in of_run) == told
+    axes, seeds = report.draw_arms(study).axes[0], study.measuring_seeds()
+    x = {(line["arm"], line["seed"]): line["summary"]["final_val_loss"] for line in lines if line["seed"] in seeds}
+    means = {arm: np.mean([x[arm, seed] for seed in seeds]) for arm, _ in x}
+    arms = sorted(means.keys() - {"linear"}, key=means.get)
+    assert [label.get_text() for label in axes.get_yticklabels()] == arms[::-1]
+    for arm, of_seeds, mean in zip(arms[::-1], axes.lines[::2], axes.lines[1::2]):
+        percent = [100 * (x[arm, seed] - x["linear", seed]) / means["linear"] for seed in seeds]
+        assert sorted(of_seeds.get_xdata()) == pytest.approx(sorted(percent))
+        assert mean.get_xdata() == pytest.approx(100 * (means[arm] / means["linear"] - 1))
+    lengths = {arms[::-1][round(line[0, 1])]: np.ptp(line[:, 0]) for c in axes.collections for line in c.get_segments()}
+    told = {row.arm: row.high - row.low for row in study.compare() if row.other == "linear"}
+    assert lengths == pytest.approx(told) and len(lengths) == 5
 
 
 def test_an_arm_that_is_added_later_uses_all_runs_that_are_there(tmp_path, monkeypatch):
