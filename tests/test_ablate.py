@@ -428,10 +428,11 @@ def test_an_arm_that_is_added_later_uses_all_runs_that_are_there(tmp_path, monke
 
 def test_the_published_ladder_is_that_of_its_studies():
     """Its intervals are those of the studies' reports, each computed anew below."""
-    found = ladder.sizes([runs.load(folder) for folder in (MAIN, MAIN.parent / "ladder_small_cpu")])
+    folders = (MAIN.parent / name for name in ("ladder_large_cpu", "ladder_small_cpu", "stdlib_cpu"))
+    found = ladder.sizes([runs.load(folder) for folder in folders])
     told = (MAIN.parent / "ladder/ladder.md").read_text("utf-8")
     assert ladder.size_table(found) in told and ladder.size_table(found) in STUDY_README
-    assert [size for size, *_ in found] == sorted({size for size, *_ in found}) and len(found) == 2
+    assert [size for size, *_ in found] == sorted({size for size, *_ in found}) and len(found) == 3
 
 
 def test_what_other_rates_cost_as_the_text_tells_it():
@@ -496,9 +497,8 @@ def test_what_was_looked_at_afterwards_as_the_text_tells_it():
         interval = np.array(test.confidence_interval()) * 100 / np.mean(y)
         return interval.mean(), *interval, test.pvalue
 
-    (source, x), (code, y), (_, z), (_, small) = map(
-        measured, ("stdlib_cpu", "bytecode_cpu", "encoder_cpu", "ladder_small_cpu")
-    )
+    (source, x), (code, y), (_, z) = map(measured, ("stdlib_cpu", "bytecode_cpu", "encoder_cpu"))
+    (_, small), (_, large) = map(measured, ("ladder_small_cpu", "ladder_large_cpu"))
     mean, _, _, p = paired(x["nonlinear"], x["identity"])
     assert f"by the same records it is {-mean:.1f} % lower, p = {p:.2f}" in text
     rest = np.arange(10) != 2
@@ -513,12 +513,23 @@ def test_what_was_looked_at_afterwards_as_the_text_tells_it():
     found = [paired(z["identity"], z[arm]) for arm in ("linear_matched", "linear_anchored")]
     assert "by {:.1f} and {:.1f} % (not planned; p < 0.001 each)".format(*(-mean for mean, *_ in found)) in text
     assert all(p < 0.001 for *_, p in found)
-    gains = []
-    for other in ("linear", "linear_matched"):
-        points = [100 * (v["nonlinear"] - v[other]) / v[other].mean() for v in (small, x)]
-        gains += [points[0].mean() - points[1].mean(), stats.ttest_ind(*points, equal_var=False).pvalue]
-    words = "{:.1f} points on linear (p about {:.3f}, not planned) and {:.1f} on linear_matched (p about {:.2f})"
-    assert words.format(*gains) in text
+    for sizes, words in (
+        (
+            (small, x),
+            "gains {:.1f} points on linear (p about {:.3f}, not planned) and {:.1f} on linear_matched (p about {:.2f})",
+        ),
+        ((large, x), "loses {:.1f} points to linear (p about {:.2f}) and {:.1f} to linear_matched (p about {:.2f})"),
+    ):
+        changes = []
+        for other in ("linear", "linear_matched"):
+            points = [100 * (v["nonlinear"] - v[other]) / v[other].mean() for v in sizes]
+            changes += [points[0].mean() - points[1].mean(), stats.ttest_ind(*points, equal_var=False).pvalue]
+        assert words.format(*changes) in text
+
+    wide = runs.load(MAIN.parent / "ladder_large_cpu")
+    found = [wide.mean_loss(wide.tuning_runs(arm)[wide.search(arm)[1]]) for arm in ("nonlinear", "linear")]
+    assert wide.tuning_seeds == [1] and "nonlinear had {:.3f} and linear {:.3f}".format(*found) in text
+    assert found[0] < found[1] and (large["nonlinear"] > large["linear"]).tolist().count(True) == 5
 
     def clipped(study, arm, rate):
         curve = study.records[Run(arm, rate, 1)]["curve"]
