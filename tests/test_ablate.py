@@ -498,7 +498,7 @@ def test_what_was_looked_at_afterwards_as_the_text_tells_it():
         return interval.mean(), *interval, test.pvalue
 
     (source, x), (code, y), (_, z) = map(measured, ("stdlib_cpu", "bytecode_cpu", "encoder_cpu"))
-    (_, small), (_, large) = map(measured, ("ladder_small_cpu", "ladder_large_cpu"))
+    (_, small), (wide, large) = map(measured, ("ladder_small_cpu", "ladder_large_cpu"))
     mean, _, _, p = paired(x["nonlinear"], x["identity"])
     assert f"by the same records it is {-mean:.1f} % lower, p = {p:.2f}" in text
     rest = np.arange(10) != 2
@@ -513,23 +513,22 @@ def test_what_was_looked_at_afterwards_as_the_text_tells_it():
     found = [paired(z["identity"], z[arm]) for arm in ("linear_matched", "linear_anchored")]
     assert "by {:.1f} and {:.1f} % (not planned; p < 0.001 each)".format(*(-mean for mean, *_ in found)) in text
     assert all(p < 0.001 for *_, p in found)
-    for sizes, words in (
-        (
-            (small, x),
-            "gains {:.1f} points on linear (p about {:.3f}, not planned) and {:.1f} on linear_matched (p about {:.2f})",
-        ),
-        ((large, x), "loses {:.1f} points to linear (p about {:.2f}) and {:.1f} to linear_matched (p about {:.2f})"),
-    ):
-        changes = []
-        for other in ("linear", "linear_matched"):
-            points = [100 * (v["nonlinear"] - v[other]) / v[other].mean() for v in sizes]
-            changes += [points[0].mean() - points[1].mean(), stats.ttest_ind(*points, equal_var=False).pvalue]
-        assert words.format(*changes) in text
 
-    wide = runs.load(MAIN.parent / "ladder_large_cpu")
+    def gains(before, after):
+        """What nonlinear gains from one size to the next on linear and on linear_matched: points and p of each."""
+        found = []
+        for other in ("linear", "linear_matched"):
+            points = [100 * (v["nonlinear"] - v[other]) / v[other].mean() for v in (before, after)]
+            found += [points[0].mean() - points[1].mean(), stats.ttest_ind(*points, equal_var=False).pvalue]
+        return found
+
+    words = "gains {:.1f} points on linear (p about {:.3f}, not planned) and {:.1f} on linear_matched (p about {:.2f})"
+    assert words.format(*gains(small, x)) in text
+    words = "loses {:.1f} points to linear (p about {:.2f}) and {:.1f} to linear_matched (p about {:.2f})"
+    assert words.format(*gains(large, x)) in text  # which gains on the way back
     found = [wide.mean_loss(wide.tuning_runs(arm)[wide.search(arm)[1]]) for arm in ("nonlinear", "linear")]
     assert wide.tuning_seeds == [1] and "nonlinear had {:.3f} and linear {:.3f}".format(*found) in text
-    assert found[0] < found[1] and (large["nonlinear"] > large["linear"]).tolist().count(True) == 5
+    assert found[0] < found[1] and (large["nonlinear"] > large["linear"]).sum() == 5
 
     def clipped(study, arm, rate):
         curve = study.records[Run(arm, rate, 1)]["curve"]
