@@ -141,6 +141,20 @@ class PerHeadNonlinearQuery(nn.Module):
         return per_head(x, self.n_head) + self.gains(per_head(self.nonlinear.f(x), self.n_head))
 
 
+class PerHeadLinearQuery(nn.Module):
+    """q = N(x) + g N(x W), and k normalised per head: the one above with a linear map in place of f."""
+
+    attention = KeyNormAttention
+
+    def __init__(self, config):
+        super().__init__()
+        d, self.n_head, self.gains = config.n_embd, config.n_head, HeadGains(config.n_head)
+        self.w = linear(d, d, (2 * d) ** -0.5)
+
+    def forward(self, x):
+        return per_head(x, self.n_head) + self.gains(per_head(self.w(x), self.n_head))
+
+
 def qk_normed(make):
     """The class of q = g N(q') of another query q', with a gain g for each head, and k normalised per head: QK-norm with
     gains."""
@@ -203,6 +217,18 @@ class NonlinearValue(NonlinearKey):
         return torch.cat((self.linear(x), self.nonlinear(x)), dim=-1)
 
 
+class MatchedValue(nn.Module):
+    """The same with both linear, but the value as large at the start as the nonlinear one."""
+
+    def __init__(self, config):
+        super().__init__()
+        d = config.n_embd
+        self.key, self.value = linear(d, d, 0.02), linear(d, d, (2 * d) ** -0.5)
+
+    def forward(self, x):
+        return torch.cat((self.key(x), self.value(x)), dim=-1)
+
+
 class NonlinearKeyAttention(Attention):
     def __init__(self, config):
         super().__init__(config)
@@ -215,12 +241,22 @@ class NonlinearValueAttention(Attention):
         self.key_value = NonlinearValue(config)
 
 
+class MatchedValueAttention(Attention):
+    def __init__(self, config):
+        super().__init__(config)
+        self.key_value = MatchedValue(config)
+
+
 class LinearNonlinearKeyQuery(LinearQuery):
     attention = NonlinearKeyAttention
 
 
 class LinearNonlinearValueQuery(MatchedLinearQuery):  # so that its logits start as large as with a nonlinear key
     attention = NonlinearValueAttention
+
+
+class MatchedQueryAndValue(MatchedLinearQuery):
+    attention = MatchedValueAttention
 
 
 CANDIDATES = {
@@ -231,12 +267,14 @@ CANDIDATES = {
     "temperature": TemperatureQuery,
     "swiglu": SwiGLUQuery,
     "nonlinear_per_head": PerHeadNonlinearQuery,
+    "linear_per_head": PerHeadLinearQuery,
     "linear_qk_gain": qk_normed(LinearQuery),
     "identity_qk_gain": qk_normed(IdentityQuery),
     "nonlinear_qk_gain": qk_normed(nonlinear),
     "identity_gated": IdentityGatedQuery,
     "nonlinear_key": LinearNonlinearKeyQuery,
     "nonlinear_value": LinearNonlinearValueQuery,
+    "linear_matched_value": MatchedQueryAndValue,
 }
 
 

@@ -22,6 +22,7 @@ pytest.importorskip("matplotlib", reason="a study needs matplotlib")
 
 from study import ablate, ladder, report, runs  # noqa: E402
 from study.plan import Run, Study  # noqa: E402
+from study.queries import CANDIDATES, KeyNormAttention  # noqa: E402
 
 # Four arms, of which two diverge, with two seeds at one rate.
 GRID = ["tiny.py", "--query_mode=linear,nonlinear", "--weight_decay=0.1,1e30", "--learning_rate=1e-2", "--tune="]
@@ -369,7 +370,7 @@ def test_what_a_study_finds_does_not_depend_on_which_run_ended_first(seed, simul
 # What is published.
 
 PUBLISHED = sorted(path.parent for path in (ROOT / "study/results").glob("*/report.md"))
-MAIN = ROOT / "study/results/stdlib_cpu"
+MAIN, SCREEN = ROOT / "study/results/stdlib_cpu", ROOT / "study/results/queries_cpu"
 STUDY_README = (ROOT / "study/README.md").read_text("utf-8")
 
 
@@ -378,7 +379,8 @@ def test_the_published_tables_are_those_of_the_records(folder):
     study, text = runs.load(folder), (folder / "report.md").read_text("utf-8")
     parts = (report.plan, report.verdict_table, report.arm_table, report.note, report.lines, report.rate_table)
     assert len(study.records) == len(records(folder)) and all(part(study) in text for part in parts)
-    told = [report.verdict_table, report.lines] + [report.arm_table, report.note] * (folder == MAIN)
+    told = [report.lines] + [report.verdict_table] * (folder != SCREEN)  # by its plan the screen only gives an order
+    told += [report.arm_table, report.note] * (folder == MAIN)
     assert study.to_go() or all(part(study) in STUDY_README for part in told)
 
 
@@ -457,6 +459,34 @@ def test_what_rates_do_to_encoders_as_the_text_tells_it():
     below = [100 * (1 - x[arm].mean() / study.ngrams[5]) for arm in ("linear", "identity")]
     assert "Linear ends only {:.1f} % below the 5-grams, identity {:.1f} %.".format(*below) in text
     assert f"a run's noise was {noise(study)}, not" in text
+
+
+def test_the_screen_and_who_goes_on_by_the_rule_of_its_plan():
+    """From nothing but the lines of runs.jsonl: the table, in its order, and the arms of the final's plan."""
+    lines, of_main, x, told = records(SCREEN), records(MAIN), {}, {}
+    for line in lines.values():
+        if line["seed"] > 1:
+            x.setdefault(line["arm"], {})[line["seed"]] = line["summary"]["final_val_loss"]
+            told[line["arm"]] = f"{line['config']['parameters']['non_embedding']:,}", f"{line['learning_rate']:g}"
+    assert all(sorted(found) == [3, 4, 5] for found in x.values()) and len(x) == 17
+    mean = {arm: np.mean([*found.values()]) for arm, found in x.items()}
+    order = sorted(mean, key=mean.get)
+    rows = re.findall(r"^\| (\w+) \| .* \| ([\d,]+) \| ([\d.]+) \| (\d\.\d{4}) \|$", STUDY_README, re.M)
+    assert rows == [(arm, *told[arm], f"{mean[arm]:.4f}") for arm in order]
+    known = ["linear", "linear_matched", "identity", "identity_mlp", "nonlinear"]
+    assert all(line == of_main[name] for name, line in lines.items() if line["arm"] in known)
+    limit = json.loads((SCREEN / "ngrams.json").read_text())["5"]
+    first, second = [arm for arm in order if arm not in known and max(x[arm].values()) < limit][:2]
+    assert mean[first] < mean["linear_matched"]
+    assert f"`{first}` and `{second}` go on" in " ".join(STUDY_README.split())
+    final = (MAIN.parent / "queries_final_cpu/plan.txt").read_text()
+    arms, seeds, pairs = (
+        re.search(rf"^--(?:.* --)?{key}=(\S+)", final, re.M)[1].split(",") for key in ("arm", "seed", "compare")
+    )
+    normed = any(getattr(CANDIDATES[arm], "attention", None) is KeyNormAttention for arm in (first, second))
+    assert arms == ["linear", "linear_matched", "identity", "nonlinear", first, second] + ["linear_qk_gain"] * normed
+    assert pairs[0] == f"{first}:linear_matched"
+    assert not {int(seed) for seed in seeds} & {line["seed"] for line in [*lines.values(), *of_main.values()]}
 
 
 def noise(study):

@@ -71,12 +71,14 @@ FORMULAS = {
     "temperature": lambda x, w: gained_by_token(x, x @ w["w.weight"].T + w["w.bias"]),
     "swiglu": lambda x, w: x / 2 + swiglu(x, w) @ w["c.weight"].T,
     "nonlinear_per_head": lambda x, w: per_head(x) + gained(per_head(f(x, w, "nonlinear.")), w["gains.weight"]),
+    "linear_per_head": lambda x, w: per_head(x) + gained(per_head(x @ w["w.weight"].T), w["gains.weight"]),
     "linear_qk_gain": lambda x, w: gained(per_head(x @ w["inner.w_q.weight"].T), w["gains.weight"]),
     "identity_qk_gain": lambda x, w: gained(per_head(x / 2), w["gains.weight"]),
     "nonlinear_qk_gain": lambda x, w: gained(per_head((x + f(x, w, "inner.")) / 2), w["gains.weight"]),
     "identity_gated": lambda x, w: x / 2,
     "nonlinear_key": lambda x, w: x @ w["w_q.weight"].T,
     "nonlinear_value": lambda x, w: x @ w["w_q.weight"].T,
+    "linear_matched_value": lambda x, w: x @ w["w_q.weight"].T,
 }
 
 
@@ -101,9 +103,11 @@ def test_each_candidate_computes_its_formula(mode, x):
     if mode in ("nonlinear_key", "nonlinear_value"):
         linear, residual = z @ w["key_value.linear.weight"].T, (z + f(z, w, "key_value.nonlinear.")) / 2
         k, v = (residual, linear) if mode == "nonlinear_key" else (linear, residual)
+    elif mode == "linear_matched_value":
+        k, v = z @ w["key_value.key.weight"].T, z @ w["key_value.value.weight"].T
     else:
         k, v = np.split(z @ w["key_value.weight"].T, 2, -1)
-    if mode == "nonlinear_per_head" or mode.endswith("qk_gain"):
+    if mode.endswith("per_head") or mode.endswith("qk_gain"):
         k = per_head(k)
     y = []
     for q_h, k_h, v_h in zip(*(np.split(t, H, -1) for t in (q, k, v))):
@@ -141,6 +145,7 @@ MORE_THAN_LINEAR = {"linear_matched": 0, "linear_anchored": 0, "nonlinear_zero":
 MORE_THAN_LINEAR |= {"temperature": (D + 1) * H - D**2, "nonlinear_per_head": 2 * D + H, "linear_qk_gain": H}
 MORE_THAN_LINEAR |= {"identity_qk_gain": H - D**2, "nonlinear_qk_gain": 2 * D + H, "identity_gated": 0}
 MORE_THAN_LINEAR |= {"nonlinear_key": 2 * D, "nonlinear_value": 2 * D}
+MORE_THAN_LINEAR |= {"linear_per_head": H, "linear_matched_value": 0}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -151,7 +156,15 @@ def test_parameters_beyond_those_of_linear(mode):
 
 def test_which_start_as_large_as_the_nonlinear_one():
     x = torch.nn.functional.layer_norm(torch.randn(32, 256, generator=torch.Generator().manual_seed(0)), (256,))
-    as_large = dict.fromkeys(("linear_matched", "nonlinear", "nonlinear_value"), 0.5**0.5)
-    for mode, size in {"linear": 0.02 * 16, **as_large}.items():
-        query = GPT(replace(CONFIG, n_embd=256, n_head=2, query_mode=mode)).blocks[0].attn.query
-        assert query(x).std().item() == pytest.approx(size, rel=0.03)
+    usual, large = 0.02 * 16, 0.5**0.5
+    for mode, sizes in {  # of query, key and value
+        "linear": (usual, usual, usual),
+        "linear_matched": (large, usual, usual),
+        "nonlinear": (large, usual, usual),
+        "nonlinear_key": (usual, large, usual),
+        "nonlinear_value": (large, usual, large),
+        "linear_matched_value": (large, usual, large),
+    }.items():
+        layer = GPT(replace(CONFIG, n_embd=256, n_head=2, query_mode=mode)).blocks[0].attn
+        found = [part.std().item() for part in (layer.query(x), *layer.key_value(x).chunk(2, -1))]
+        assert found == pytest.approx(sizes, rel=0.03)
