@@ -142,14 +142,14 @@ class PerHeadNonlinearQuery(nn.Module):
 
 
 class PerHeadLinearQuery(nn.Module):
-    """q = N(x) + g N(x W), and k normalised per head: the one above with a linear map in place of f."""
+    """q = N(x) + g N(x W), and k normalised per head: the one above with x W in place of f."""
 
     attention = KeyNormAttention
 
     def __init__(self, config):
         super().__init__()
-        d, self.n_head, self.gains = config.n_embd, config.n_head, HeadGains(config.n_head)
-        self.w = linear(d, d, (2 * d) ** -0.5)
+        self.n_head, self.gains = config.n_head, HeadGains(config.n_head)
+        self.w = linear(config.n_embd, config.n_embd, 0.02)
 
     def forward(self, x):
         return per_head(x, self.n_head) + self.gains(per_head(self.w(x), self.n_head))
