@@ -218,7 +218,7 @@ class NonlinearValue(NonlinearKey):
 
 
 class MatchedValue(nn.Module):
-    """The same with both linear, but the value as large at the start as the nonlinear one."""
+    """The same with both linear, and the value as large at the start as the nonlinear one."""
 
     def __init__(self, config):
         super().__init__()
@@ -229,34 +229,27 @@ class MatchedValue(nn.Module):
         return torch.cat((self.key(x), self.value(x)), dim=-1)
 
 
-class NonlinearKeyAttention(Attention):
-    def __init__(self, config):
-        super().__init__(config)
-        self.key_value = NonlinearKey(config)
+def attention_with(make):
+    """The class of attention whose key and value come from another module."""
 
+    class KeyValueAttention(Attention):
+        def __init__(self, config):
+            super().__init__(config)
+            self.key_value = make(config)
 
-class NonlinearValueAttention(Attention):
-    def __init__(self, config):
-        super().__init__(config)
-        self.key_value = NonlinearValue(config)
-
-
-class MatchedValueAttention(Attention):
-    def __init__(self, config):
-        super().__init__(config)
-        self.key_value = MatchedValue(config)
+    return KeyValueAttention
 
 
 class LinearNonlinearKeyQuery(LinearQuery):
-    attention = NonlinearKeyAttention
+    attention = attention_with(NonlinearKey)
 
 
 class LinearNonlinearValueQuery(MatchedLinearQuery):  # so that its logits start as large as with a nonlinear key
-    attention = NonlinearValueAttention
+    attention = attention_with(NonlinearValue)
 
 
 class MatchedQueryAndValue(MatchedLinearQuery):
-    attention = MatchedValueAttention
+    attention = attention_with(MatchedValue)
 
 
 CANDIDATES = {

@@ -482,10 +482,8 @@ def test_the_screen_and_who_goes_on_by_the_rule_of_its_plan():
     arms, seeds, pairs = (
         re.search(rf"^--(?:.* --)?{key}=(\S+)", final, re.M)[1].split(",") for key in ("arm", "seed", "compare")
     )
-    controls = [
-        "linear_qk_gain",
-        "linear_matched_value",
-    ]  # of keys that are normalised, and of a value that starts larger
+    # Of keys that are normalised, and of a value that starts larger.
+    controls = ["linear_qk_gain", "linear_matched_value"]
     arms, pairs = arms[:8], pairs[:10]  # later ones are exploratory
     assert arms == ["linear", "linear_matched", "identity", "nonlinear", first, second, *controls]
     both = [f"{arm}:{other}" for other in ("linear_matched", "linear", "nonlinear") for arm in (first, second)]

@@ -107,7 +107,7 @@ def test_each_candidate_computes_its_formula(mode, x):
         k, v = z @ w["key_value.key.weight"].T, z @ w["key_value.value.weight"].T
     else:
         k, v = np.split(z @ w["key_value.weight"].T, 2, -1)
-    if mode.endswith("per_head") or mode.endswith("qk_gain"):
+    if mode.endswith(("per_head", "qk_gain")):
         k = per_head(k)
     y = []
     for q_h, k_h, v_h in zip(*(np.split(t, H, -1) for t in (q, k, v))):
@@ -144,8 +144,7 @@ def test_which_start_as_the_identity_query(mode, x):
 MORE_THAN_LINEAR = {"linear_matched": 0, "linear_anchored": 0, "nonlinear_zero": 2 * D, "gated": 0, "swiglu": 0}
 MORE_THAN_LINEAR |= {"temperature": (D + 1) * H - D**2, "nonlinear_per_head": 2 * D + H, "linear_qk_gain": H}
 MORE_THAN_LINEAR |= {"identity_qk_gain": H - D**2, "nonlinear_qk_gain": 2 * D + H, "identity_gated": 0}
-MORE_THAN_LINEAR |= {"nonlinear_key": 2 * D, "nonlinear_value": 2 * D}
-MORE_THAN_LINEAR |= {"linear_per_head": H, "linear_matched_value": 0}
+MORE_THAN_LINEAR |= {"nonlinear_key": 2 * D, "nonlinear_value": 2 * D, "linear_per_head": H, "linear_matched_value": 0}
 
 
 @pytest.mark.parametrize("mode", MODES)
