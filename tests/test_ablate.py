@@ -492,6 +492,17 @@ def test_the_screen_and_who_goes_on_by_the_rule_of_its_plan():
     assert not {int(seed) for seed in seeds} & {line["seed"] for line in [*lines.values(), *of_main.values()]}
 
 
+def test_the_final_has_what_was_tuned_before_and_measures_on_one_processor():
+    """The tuning runs that its plan takes from the main study and from the screen are those, to the last digit."""
+    lines, of_main, of_screen = records(MAIN.parent / "queries_final_cpu"), records(MAIN), records(SCREEN)
+    arms = {"linear", "linear_matched", "identity", "nonlinear"}
+    reused = {name: line for name, line in of_main.items() if line["arm"] in arms and line["seed"] in (1, 2)}
+    arms = {"nonlinear_per_head", "nonlinear_value", "linear_qk_gain"}
+    reused |= {name: line for name, line in of_screen.items() if line["arm"] in arms and line["seed"] == 1}
+    assert len(reused) == 29 and reused == {name: lines[name] for name in reused}
+    assert len({line["config"]["device"] for line in lines.values() if line["seed"] >= 13}) <= 1
+
+
 def noise(study):
     return re.search(r"The paired differences show (.*? %)", report.plan(study))[1]
 
