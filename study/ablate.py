@@ -77,7 +77,10 @@ def read_options(argv):
     devices = options.devices.split(",") if options.devices else [settings.device]
     if "" in devices:
         parser.error(f"--devices={options.devices} names an empty device")
-    arms = make_arms(options.arm.split(",") if options.arm else [], axes, config.n_embd)
+    names = options.arm.split(",") if options.arm else []
+    if len(set(names)) < len(names):
+        parser.error(f"--arm={options.arm} names an arm twice")
+    arms = make_arms(names, axes, config.n_embd)
     study = Study(
         config=options.config,
         arms=arms,
@@ -111,6 +114,8 @@ def read_pairs(text, arms):
     for pair in pairs:
         if len(pair) != 2 or pair[0] == pair[1] or not set(pair) <= set(arms):
             raise UserError(f"--compare={':'.join(pair)} is not two of the arms {', '.join(arms)}", status=2)
+    if len(set(map(frozenset, pairs))) < len(pairs):
+        raise UserError(f"--compare={text} compares two arms twice", status=2)
     return pairs
 
 
@@ -198,8 +203,7 @@ def main(argv=None):
         command = shlex.join(["python", "-m", "study.ablate", *argv])
         runs.write_plan(study, command)
         runs.tidy(study)
-        if not (study.ngrams and study.records):  # else they are of the runs' settings and data, which were checked
-            runs.count_ngrams(study)
+        runs.count_ngrams(study)
         if options.speed:
             measure_speeds(study)
         print(f"{study.to_go()} to go", flush=True)

@@ -28,8 +28,8 @@ from utils.files import new_file
 COLOURS = ("#000000", "#56B4E9", "#D55E00", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#999999")  # Okabe and Ito's
 ABOUT = """Each: {max_iters} steps, {tokens} tokens of {source}; {n_layer} layers, d {n_embd}, {n_head} heads; {dtype}. \
 {device}; torch {torch}; commit {commit}."""
-PLAN = """Primary comparison: {primary}. Secondary: {secondary}.{later} Margin of equivalence: ± {margin:g} %. The seeds \
-{tuning} look for each arm's rate, from {rates} on in steps of √2; {measuring}. Expected standard deviation of a run, without \
+PLAN = """Primary comparison: {primary}. Secondary: {secondary}.{later} Margin of equivalence: ± {margin:g} %. {tuning}; \
+{measuring}. Expected standard deviation of a run, without \
 what its seed does to all arms: {spread:g} %, so that {n} seeds find a primary difference of {found:.2f} % in four of five studies.{measured}"""
 NOTE = """{loss} in nats a token after the last step: mean ± standard deviation over the measuring seeds, without runs that \
 failed: that diverged{failed}. Differences are in percent of the other arm's loss, lower is better. Usable rates: \
@@ -53,7 +53,7 @@ def write(study, command):
     parts += ["## Each arm at its best rate", arm_table(study), note(study)]
     parts += [f"![Each arm's difference from {study.baseline}, every seed a dot](arms.svg)"]
     parts += [f"![{loss_name(study)} against the learning rate, every run a dot](rates.svg)", rate_table(study)]
-    parts += [RATES, seed_table(study)]
+    parts += [RATES if study.tuning_seeds else "", seed_table(study)]
     draw_rates(study)
     draw_arms(study)
     RunFolder(study.folder).write_text("report.md", "\n\n".join(filter(None, parts)) + "\n")
@@ -84,16 +84,19 @@ def plan(study):
     n, planned = len(study.measuring_seeds()), len(study.comparisons) if study.planned is None else study.planned
     pairs = [f"{arm} against {other}" for arm, other in study.comparisons]
     later = listed(pairs[planned:])
+    rates = ", ".join(f"{rate:g}" for rate in study.learning_rates)
+    tuning = f"All arms have the rate {rates}"
+    if study.tuning_seeds:
+        tuning = f"The seeds {listed(study.tuning_seeds)} look for each arm's rate, from {rates} on in steps of √2"
     measuring = f"{listed(study.measuring_seeds())} measure there"
     if study.half_width:
         measuring += f", at most {len(study.seeds)} until each interval is at most ± {study.half_width:g} %"
     return PLAN.format(
-        primary=pairs[0] if pairs else "none",
+        primary=listed(pairs[:planned][:1]) or "none",
         secondary=listed(pairs[1:planned]) or "none",
         later=f" Added when runs that measure were known, and so exploratory: {later}." if later else "",
         margin=study.margin,
-        tuning=listed(study.tuning_seeds) or "of none",
-        rates=", ".join(f"{rate:g}" for rate in study.learning_rates),
+        tuning=tuning,
         measuring=measuring,
         spread=study.spread,
         n=n,
@@ -120,7 +123,7 @@ def verdict_table(study):
         p = "< 0.001" if row.p < 0.001 else f"{row.p:.3f}"
         rows.append([f"{row.arm} against {row.other}", interval(*row[2:5]), perplexity, p, row.verdict])
     if not rows:
-        return "None before all runs are done."
+        return "None before all planned runs are done."
     return table(["comparison", "log-loss", "perplexity", "p", "verdict"], rows)
 
 
@@ -181,10 +184,12 @@ def lines(study):
     losses = study.losses(study.measured())
     best = min(study.ngrams, key=study.ngrams.get)
     off = {arm: np.mean([*found.values()]) - study.ngrams[best] for arm, found in losses.items() if found}
-    above = [f"{arm} by {nats:.4f}" for arm, nats in off.items() if nats > 0]
+    above = {arm: f"{arm} by {nats:.4f}" for arm, nats in off.items() if nats > 0}
     if above:
-        short = "**The study is too short to conclude, whatever its verdicts say**"
-        return f"{words} {short}: above the {best}-grams ended {', '.join(above)}."
+        ended = f"above the {best}-grams ended {', '.join(above.values())}."
+        planned = {arm for pair in study.comparisons[: study.planned] for arm in pair}
+        short = "The study is too short to conclude, whatever its verdicts say"
+        return f"{words} **{short}**: {ended}" if planned & above.keys() else f"{words} Of exploratory arms {ended}"
     return f"{words} Every arm ended below the {best}-grams." if off else words
 
 

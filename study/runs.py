@@ -118,14 +118,17 @@ def read(study):
 
 
 def count_ngrams(study):
-    """Write ngrams.json: the loss on val.bin of n-grams, counted in the tokens that the first measuring seed's runs see; empty
-    where the arms see different tokens."""
+    """Write ngrams.json: the loss on val.bin of n-grams, counted in the tokens that the first measuring seed's runs see, before
+    one of them is known; empty where the arms see different tokens."""
     seen, run = set(), Run(study.baseline, study.learning_rates[0], study.seeds[0])
     for arm in study.arms:
         settings, config, data = settings_of(study, run._replace(arm=arm), study.devices[0])
         tokens = settings.max_iters, settings.batch_size * settings.gradient_accumulation_steps, config.block_size
         seen.add((settings.dataset, settings.objective, settings.mask_share, *tokens))
-    study.ngrams = ngram_losses(data, settings) if len(seen) == 1 else {}
+    if len(seen) > 1:
+        study.ngrams = {}
+    elif not (study.ngrams and any(run.seed in study.seeds for run in study.records)):
+        study.ngrams = ngram_losses(data, settings)
     RunFolder(study.folder).write_json("ngrams.json", study.ngrams)
 
 

@@ -44,11 +44,12 @@ def compare(losses, pairs, margin, failed=None, planned=None):
     p = [p for *_, p in found]
     p = p[:1] + holm(p[1:planned]) + holm(p[1:])[max(planned - 1, 0) :]
     rows = []
-    for (arm, other), (*nats, _), adjusted, fails in zip(pairs, found, p, failures):
+    for number, ((arm, other), (*nats, _), adjusted, fails) in enumerate(zip(pairs, found, p, failures)):
         percent = [100 * x / np.mean([*losses[other].values()] or [1.0]) for x in nats]
         words = verdict(*percent, adjusted, margin, len(losses[arm]))
         if fails:
             words = "not judged: " + ", ".join(f"{n} runs of {name} failed" for name, n in fails.items())
+        words += ", exploratory" if number >= planned else ""
         rows.append(Comparison(arm, other, *percent, adjusted, words, tuple(nats)))
     return rows
 

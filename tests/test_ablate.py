@@ -101,13 +101,18 @@ def test_a_study_of_encoders_says_what_its_loss_is_of():
     masked = ["--objective=masked", "--mask_share=0.9"]
     assert ablate.main(["tiny.py", "--arm=identity", *masked, "--tune=", "--seed=1", "--out=r"]) == 0
     (loss,), text = losses().values(), Path("r/report.md").read_text()
-    assert "| masked-token loss (n) | " in text and f" | {loss:.4f} (1) | " in text and "alidation loss" not in text
+    assert "| masked-token loss (n) | " in text and "All arms have the rate 0.0006; 1 measure there." in text
+    assert f" | {loss:.4f} (1) | " in text and "alidation loss" not in text
     assert runs.load(Path("r")).ngrams[1] == pytest.approx(math.log(21), abs=0.1)  # letters at random, of 21
     # Where arms do not see the same, no table of counts judges them, and none that was counted before.
     Path("both").mkdir()
     Path("both/ngrams.json").write_text('{"2": 3.0, "3": 0.1, "5": 0.1}')
     assert ablate.main(["tiny.py", "--objective=next,masked", "--tune=", "--seed=1", "--out=both"]) == 0
     assert runs.load(Path("both")).ngrams == {} and len(records("both")) == 2
+    later = runs.load(Path("r"))
+    later.arms["decoder"] = {"query_mode": "identity", "objective": "next"}
+    runs.count_ngrams(later)
+    assert later.ngrams == runs.load(Path("r")).ngrams == {}
 
 
 def test_the_same_command_runs_nothing_again_and_a_dry_run_measures_only(grid, capsys):
@@ -152,7 +157,13 @@ def test_an_arm_can_be_added_later(grid):
         ladder.sizes([study])
     text = Path("r/report.md").read_text()
     assert f"Added when runs that measure were known, and so exploratory: new against {LINEAR}." in text
-    assert f"\n| {NONLINEAR} against {LINEAR} | " not in text and "\n\nNone before all runs are done.\n" in text
+    assert f"\n| {NONLINEAR} against {LINEAR} | " in text and f"\n| new against {LINEAR} | " not in text
+    for seed in (1, 2):
+        study.records[Run("new", 0.01, seed)] = study.records[Run(NONLINEAR, 0.01, seed)]
+    report.write(study, "command")
+    of = {row.split(" | ")[0]: row.split(" | ")[1:] for row in Path("r/report.md").read_text().splitlines()}
+    planned, later = of[f"| {NONLINEAR} against {LINEAR}"], of[f"| new against {LINEAR}"]
+    assert later[:2] == planned[:2] and later[3] == planned[3].replace(" |", ", exploratory |")
     assert json.loads(Path("r/study.json").read_text())["planned"] == pairs
     del study.arms["new"]
     with pytest.raises(UserError, match="arms was"):
@@ -393,6 +404,19 @@ def test_the_intervals_in_the_texts_are_those_of_studies_that_are_done():
         assert told and told <= done
 
 
+def test_the_results_in_the_readme_are_those_of_the_studies():
+    text = (ROOT / "README.md").read_text("utf-8")
+    for name, words in (
+        ("stdlib_cpu", "decoder, Python source, eight seeds"),
+        ("bytecode_cpu", "decoder, its bytecode, ten seeds"),
+        ("encoder_cpu", "encoder, Python source, ten seeds"),
+    ):
+        found = {(row.arm, row.other): report.interval(*row[2:5]) for row in runs.load(MAIN.parent / name).compare()}
+        cells = [found[arm, "linear"] for arm in ("nonlinear", "identity", "linear_matched")]
+        assert f"| {' | '.join([words, *cells])} |\n" in text
+    assert f"no gain of f was seen: {found['nonlinear', 'identity']} over identity." in text
+
+
 def test_the_pictures_show_every_run(tmp_path):
     study, lines = runs.load(MAIN), records(MAIN).values()
     study.folder = tmp_path
@@ -432,7 +456,7 @@ def test_the_published_ladder_is_that_of_its_studies():
     folders = (MAIN.parent / name for name in ("ladder_large_cpu", "ladder_small_cpu", "stdlib_cpu"))
     found = ladder.sizes([runs.load(folder) for folder in folders])
     told = (MAIN.parent / "ladder/ladder.md").read_text("utf-8")
-    assert ladder.size_table(found) in told and ladder.size_table(found) in STUDY_README
+    assert ladder.size_table(found) in told
     assert [size for size, *_ in found] == sorted({size for size, *_ in found}) and len(found) == 3
 
 
@@ -571,7 +595,7 @@ def test_what_was_looked_at_afterwards_as_the_text_tells_it():
     words = "loses {:.1f} points to linear (p about {:.2f}) and {:.1f} to linear_matched (p about {:.2f})"
     assert words.format(*gains(large, x)) in text  # which gains on the way back
     found = [wide.mean_loss(wide.tuning_runs(arm)[wide.search(arm)[1]]) for arm in ("nonlinear", "linear")]
-    assert wide.tuning_seeds == [1] and "nonlinear had {:.3f} and linear {:.3f}".format(*found) in text
+    assert wide.tuning_seeds == [1] and "nonlinear was ahead, {:.3f} against {:.3f}".format(*found) in text
     assert found[0] < found[1] and (large["nonlinear"] > large["linear"]).sum() == 5
 
     def clipped(study, arm, rate):
@@ -612,31 +636,37 @@ def test_every_number_of_the_published_verdicts_computed_anew(folder):
             shares.setdefault(line["arm"], []).append(100 * above / len(line["curve"]))
     for arm, found in shares.items():
         assert re.search(rf"^\| {arm} \|.* \| {np.mean(found):.0f} %, {max(found):.0f} % \|", text, re.M)
-    n = min(len(x.get(arm, ())) for arm in told["arms"])
+    measured, planned = {arm: len(x.get(arm, ())) for arm in told["arms"]}, told["planned"]
+    counted = {measured[arm] for pair in told["comparisons"][:planned] for arm in pair}
+    n = min(counted)
     x = {arm: np.array([losses[seed] for seed in sorted(losses)]) for arm, losses in x.items()}
     seeds, half_width = told["seeds"], told["half_width"]
-    whole = {len(losses) for losses in x.values()} == {n} and (n == len(seeds) or half_width and n >= 6 and n % 2 == 0)
+    whole = counted == {n} and (n == len(seeds) or half_width and n >= 6 and n % 2 == 0)
     if whole:
-        tests = [ttest(x[arm], x[other]) for arm, other in told["comparisons"]]
+        pairs = [
+            pair for pair in told["comparisons"] if {measured[arm] for arm in pair} == {n}
+        ]  # later ones when they are done
+        tests = [ttest(x[arm], x[other]) for arm, other in pairs]
         intervals = np.array([test.confidence_interval(0.95) for test in tests])
-        base = np.array([x[other].mean() for _, other in told["comparisons"]])
-        differences = np.array([x[arm] - x[other] for arm, other in told["comparisons"]])
+        base = np.array([x[other].mean() for _, other in pairs])
+        differences = np.array([x[arm] - x[other] for arm, other in pairs])
         noise = 100 * differences.std(1, ddof=1) / math.sqrt(2) / base  # the two runs of a pair are equally noisy
-        widest = (100 * np.diff(intervals)[:, 0] / 2 / base).max()
+        widest = (100 * np.diff(intervals)[:, 0] / 2 / base)[:planned].max()
         whole = n == len(seeds) or widest <= half_width  # more seeds follow while one is too wide
-    assert ("\n\nNone before all runs are done.\n" in text) == (not whole)
+    assert ("\n\nNone before all planned runs are done.\n" in text) == (not whole)
     if not whole:
         return
     assert f"The paired differences show {min(noise):.1f} to {max(noise):.1f} %." in text
-    for i, (arm, other) in enumerate(told["comparisons"]):
+    for i, (arm, other) in enumerate(pairs):
         nats = np.array([intervals[i].mean(), *intervals[i]])
         words = ["{:+.2f} % [{:+.2f}, {:+.2f}]".format(*v) for v in (100 * nats / base[i], 100 * np.expm1(nats))]
-        others = sorted(test.pvalue for test in tests[1:])
+        others = sorted(test.pvalue for test in tests[1 : planned if i < planned else None])
         # Holm: the largest of (m - k) p over those that are not larger
         steps = [min(1, (len(others) - k) * q) for k, q in enumerate(others) if q <= tests[i].pvalue]
         p = max(steps) if i else tests[0].pvalue
         told_p = f"{p:.3f}" if p >= 0.001 else "< 0.001"
-        assert f"| {arm} against {other} | {' | '.join(words)} | {told_p} | " in text
+        (row,) = (row for row in text.splitlines() if row.startswith(f"| {arm} against {other} | "))
+        assert f" | {' | '.join(words)} | {told_p} | " in row and row.endswith(", exploratory |") == (i >= planned)
 
 
 def test_the_pilot_in_the_readme_is_that_of_its_records():

@@ -231,6 +231,8 @@ MISTAKES = [
     ("ablate", "tiny.py --seed=3,4 extra", USAGE, "'extra' is not understood"),
     ("ablate", "tiny.py --tune= --learning_rate=1e-2,2e-2", USAGE, "several rates need --tune=SEEDS"),
     ("ablate", "tiny.py --arm=linear,identity --compare=identity", USAGE, "--compare=identity is not two of the arms"),
+    ("ablate", "tiny.py --arm=linear,linear", USAGE, "--arm=linear,linear names an arm twice"),
+    ("ablate", "tiny.py --arm=linear,identity --compare=identity:linear,linear:identity", USAGE, "two arms twice"),
     ("ablate", "tiny.py --margin=0", USAGE, "--margin: '0' is not between 0 and 100"),
     ("ablate", "@nowhere.txt", USAGE, "nowhere.txt"),
     ("ablate", "tiny.py --query_mode=linear,quadratic", USAGE, "query_mode='quadratic' is not one of"),

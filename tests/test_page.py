@@ -14,6 +14,7 @@ import sys
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -345,6 +346,13 @@ def test_each_run_is_a_dot_and_each_control_has_a_name(opened):
     runs = json.loads(block_of(read())[1])["runs"]
     assert dots() == len(texts(opened, "#table tbody tr")) == len(runs)
     assert dots("[fill='var(--card)']") == sum(run[4] for run in runs)
+    line = opened.js("document.querySelector('#rates path[stroke-opacity]').getAttribute('d')")
+    places = opened.js(
+        "[...document.querySelectorAll('#rates circle')].map(({cx, cy}) => [cx, cy].map((v) => v.baseVal.value))"
+    )
+    of_one_seed = [place for place, run in zip(places, runs) if run[0] == runs[0][0] and run[2] == 1]
+    joined = [[float(v) for v in point.split(",")] for point in re.split("[ML]", line)[1:]]
+    assert np.allclose(joined, of_one_seed, atol=0.06) and len(joined) > 2
     opened.click("#arms label")
     assert dots() == sum(run[0] != runs[0][0] for run in runs)
     nodes = opened("Accessibility.getFullAXTree")["nodes"]

@@ -269,6 +269,8 @@ def test_arms_that_are_no_better_than_the_best_counts_are_told(counts, words):
         study.records[Run(arm, 1.0, seed)] = record(loss)
     lines = report.lines(study)
     assert lines.endswith(words) and ("too short to conclude" in lines) == words.startswith("above")
+    study.planned = 0  # what is added later cannot undo a verdict
+    assert "too short to conclude" not in report.lines(study)
 
 
 # The search, on a loss that is known.
