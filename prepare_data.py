@@ -202,7 +202,7 @@ def shakespeare(name, file=None):
     """Tiny Shakespeare from its address, or from a copy of it; checked either way."""
     import requests  # which the others can do without
 
-    place, hint = file or SHAKESPEARE_URL, "fetch it elsewhere and name the file with --input"
+    place, hint = file or SHAKESPEARE_URL, f"fetch it elsewhere, then: python prepare_data.py {name} --input FILE"
     try:
         text = Path(file).read_bytes() if file else requests.get(SHAKESPEARE_URL, timeout=30).content
     except OSError as e:  # requests' exceptions, too

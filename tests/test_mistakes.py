@@ -99,7 +99,7 @@ CHANGES = {  # to a run that is to be resumed
     "--learning_rate=0.5": "learning_rate was 0.01, now is 0.5",
     "--eval_tokens=40": "eval_tokens was 50, now is 40",
     "--batch_size=4": "sequences in a step was 2, now is 4",
-    "--max_iters=20": "lr_decay_iters was 2, now is 20",  # the schedule's end follows max_iters unless it is given
+    "--max_iters=20": "lr_decay_iters was 2, now is 20 (--lr_decay_iters=2 keeps it, and from that step on the rate is",
     "--dataset=other": "data set was",
     "--objective=masked": "objective was next, now is masked",
     "--mask_share=0.3": "mask_share was 0.15, now is 0.3",
@@ -110,7 +110,8 @@ NOT_UNDERSTOOD += [f"openwebtext {word}" for word in ("--shards=3-1", "--shards=
 NOT_UNDERSTOOD += [f"openwebtext {word}" for word in ("--source=", "--mirror=http://x --source=y", "--input=x")]
 MISTAKES = [
     # the command line and config files of train.py
-    ("train", "nowhere.py", USAGE, "nowhere.py: FileNotFoundError"),
+    ("train", "nowhere.py", USAGE, "there is no config file nowhere.py"),
+    ("train", "--compile false", USAGE, "there is no config file false; a setting is written --key=value"),
     ("train", "tiny.py typo.py", USAGE, "one config file at most"),
     ("train", "typo.py", USAGE, "typo.py: unknown setting 'lerning_rate'; the nearest is 'learning_rate'"),
     ("train", "syntax.py", USAGE, "syntax.py: SyntaxError"),
@@ -220,7 +221,7 @@ MISTAKES = [
     # ablate.py
     ("ablate", "", USAGE, "config"),
     ("ablate", "@quote.txt", USAGE, "@quote.txt: No closing quotation"),
-    ("ablate", "nowhere.py", USAGE, "nowhere.py: FileNotFoundError"),
+    ("ablate", "nowhere.py", USAGE, "there is no config file nowhere.py"),
     ("ablate", "tiny.py --arm=linear,quadratic", USAGE, "--arm=quadratic is not one of linear"),
     ("ablate", "tiny.py --lerning_rate=1,2", USAGE, "the nearest is 'learning_rate'"),
     ("ablate", "tiny.py --learning_rate", USAGE, "--learning_rate needs a value"),
@@ -275,3 +276,15 @@ def test_a_mistake_is_one_line_and_changes_nothing(program, arguments, status, w
     assert end.value.code == status
     assert len(lines) == 1 and lines[0].startswith(f"{program}.py: ") and words in f"{lines[0]}\n", lines
     assert files() == before
+
+
+@pytest.mark.parametrize(
+    "package, command", [("tiktoken", "text --name=x --input t.txt"), ("requests", "shakespeare_char")]
+)
+def test_a_package_that_is_missing_is_named(package, command, monkeypatch, capsys):
+    Path("t.txt").write_text("some text\n" * 100)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit, match="1"):
+        run_program(lambda: prepare_data.main(command.split()))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"; pip install {package}") and not Path("data").exists()

@@ -70,7 +70,7 @@ def make_training(name, shape, settings):
     data, model = random_tokens(shape), make_model(name, shape).to(settings.device)
     optimizer = train.make_optimizer(model, settings)
     scaler = torch.amp.GradScaler(settings.device.split(":")[0], enabled=settings.dtype == "float16")
-    if settings.device.startswith("cuda"):
+    if settings.device.startswith("cuda") and settings.dtype != "float32":
         torch.set_float32_matmul_precision("high")  # as train.py does
     objective = train.Objective(model)
     if settings.compile:

@@ -29,6 +29,7 @@ from train import Objective
 from utils.device import autocast, device_name, flops_per_token, peak_memory, peak_tflops
 from utils.files import new_file
 from utils.generation import for_generation, formats
+from utils.settings import UserError
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 540  # no step goes on after so many
@@ -40,6 +41,8 @@ KERNELS |= {"loss": "softmax|nll|cross_entropy", "norms and other pointwise": "t
 
 def run(options, settings):
     """Take all steps -> exit status; 1 where the gradients are wrong, and then nothing after them is compiled."""
+    if not hasattr(os, "setsid"):
+        raise UserError("the GPU runbook ends processes that hang by their session: that needs Linux, WSL or macOS")
     about = {"device": device_name(settings.device), "torch": torch.__version__, "dtype": settings.dtype}
     book, started = {"about": about | {"shape": options.shape, "compile": settings.compile}}, time.perf_counter()
     for name, (step, *arguments) in STEPS.items():
@@ -156,12 +159,14 @@ def with_batch(options, settings, batch_size):
 
 
 def speed(options, settings, batch_size, names):
-    """Training, in turns; MFU as PaLM's appendix B counts operations. Loss and norm are the first step's."""
+    """Training: the first step, compilation included, then all in turns; MFU as PaLM's appendix B counts operations."""
     settings, shape = with_batch(options, settings, batch_size), SHAPES[options.shape]
     names = [PEER, *names] if options.peer else names
     on_cuda, peak = settings.device.startswith("cuda"), peak_tflops(settings.device)
     trainings = {name: make_training(name, shape, settings) for name in names}
-    first = {name: timed(take_steps, 1) for name, take_steps in trainings.items()}
+    for name, take_steps in trainings.items():  # told at once: compiling may take all the time there is
+        elapsed, (loss, norm) = timed(take_steps, 1)
+        yield {"batch": settings.batch_size, "query": name, "loss": loss, "norm": norm, "first step, s": elapsed}
     seconds, memory = {name: [] for name in names}, {}
     for _ in range(options.repeats):
         for name, take_steps in trainings.items():
@@ -176,9 +181,9 @@ def speed(options, settings, batch_size, names):
         sequences = settings.batch_size * settings.gradient_accumulation_steps
         rate = sequences * shape["block_size"] / median(seconds[name])
         own = 12 * sum(p.numel() for p in model.parameters()) if on_cuda else 0
-        row = {"batch": settings.batch_size, "query": name, "loss": first[name][1][0], "norm": first[name][1][1]}
-        row |= {"tokens/s": rate, "MFU": rate * flops_per_token(model) / (peak * 1e12) if peak else ""}
-        yield row | {"first step, s": first[name][0], "memory, GB": (memory[name] + own) / 1e9}
+        mfu = rate * flops_per_token(model) / (peak * 1e12) if peak else ""
+        row = {"batch": settings.batch_size, "query": name, "tokens/s": rate, "MFU": mfu}
+        yield row | {"memory, GB": (memory[name] + own) / 1e9}
 
 
 def profile(options, settings, batch_size, name):

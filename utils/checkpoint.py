@@ -6,7 +6,7 @@
     best.pt        the model with the lowest validation loss, and its tokenizer
     summary.json   how the run ended
 
-Every file but metrics.jsonl, which only grows, appears whole. Nothing that is read is executed.
+Every file but metrics.jsonl, which grows by lines, appears whole. Nothing that is read is executed.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from utils.settings import UserError, clock, out_of_memory
 # The two factors of a step's size may change where their product does not.
 MAY_CHANGE = {"max_iters", "batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval", "watch"}
 MAY_CHANGE |= {"wandb_log", "wandb_project", "device", "dtype", "compile", "peak_tflops"}
-# What runs were trained with before there was a choice, and do not tell in config.json.
+# Settings that the config.json of older runs lacks, with the values that those runs had.
 BEFORE_THERE_WAS_A_CHOICE = {"objective": "next", "mask_share": 0.15}
 # What the loss on val.bin and its exponential are called; in JSON they are val_loss and perplexity for both objectives.
 NAMES = {"next": ("val loss", "perplexity"), "masked": ("masked-token loss", "masked-token perplexity")}
@@ -269,5 +269,9 @@ def check_resume(before, now, may_change=MAY_CHANGE):
     changed = {key: value for key, value in now.items() if before.get(key) != value}
     refused = [f"{key} was {before.get(key)}, now is {changed[key]}" for key in changed if key not in may_change]
     if refused:
-        raise UserError(f"a run is resumed with the settings it began with: {'; '.join(refused)}")
+        words = f"a run is resumed with the settings it began with: {'; '.join(refused)}"
+        if {"max_iters", "lr_decay_iters"} <= changed.keys():
+            end, rate = before["lr_decay_iters"], now["min_lr"]
+            words += f" (--lr_decay_iters={end} keeps it, and from that step on the rate is min_lr={rate:g})"
+        raise UserError(words)
     return changed

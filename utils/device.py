@@ -1,4 +1,4 @@
-"""Devices and their number formats, the processes that share a run, signals, and errors of all these in one line."""
+"""Devices, number formats, the processes of a run, signals; and errors of all of these in one line."""
 
 import contextlib
 import dataclasses
@@ -127,13 +127,18 @@ def processes(settings):
     on_cuda, n = settings.device.startswith("cuda"), world_size()
     if settings.gradient_accumulation_steps % n:
         steps = settings.gradient_accumulation_steps
-        raise UserError(f"gradient_accumulation_steps={steps} cannot be shared by {n} processes", status=2)
+        raise UserError(
+            f"gradient_accumulation_steps={steps} cannot be shared by {n} processes: take a multiple of {n}, and a "
+            f"batch_size (now {settings.batch_size}) so that their product stays the same",
+            status=2,
+        )
     with explained_errors(settings):
         # Gradients of tokens that never come fall below 1e-38; on an Intel Xeon such numbers made a step 5 times as long.
         torch.set_flush_denormal(True)
         if on_cuda:
             torch.cuda.set_device(settings.device)
-            torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
+            if settings.dtype != "float32":  # which is as exact as its name; of others TF32 would be no loss
+                torch.set_float32_matmul_precision("high")
         if n > 1 or "RANK" in os.environ:  # torchrun sets it
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
         yield
@@ -216,7 +221,8 @@ def explained_errors(settings):
         if isinstance(e, ValueError) and "environment variable" in str(e):  # RANK, MASTER_ADDR, ...
             raise UserError(f"{str(e).splitlines()[0]}; start several processes with torchrun") from None
         if "Duplicate GPU" in str(e):  # NCCL's words
-            raise UserError(f"start no more processes than there are GPUs ({torch.cuda.device_count()})") from None
+            count = torch.cuda.device_count()
+            raise UserError(f"two processes share a GPU: start at most {count}, with --device=cuda or auto") from None
         if isinstance(e, dist.DistError) or "gloo" in str(e):
             raise UserError(f"another process of this run has ended, or cannot be reached ({reason})") from e
         raise

@@ -14,7 +14,7 @@ def new_file(path):
         with open(temporary, "wb") as f:
             yield f
             f.flush()
-            os.fsync(f.fileno())  # a power cut must not find what was there gone and this not written
+            os.fsync(f.fileno())  # else a power cut may leave neither what was there nor this
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -47,6 +47,8 @@ def run_program(main):
     except Exception as e:
         if out_of_memory(e) and not isinstance(e, UserError):  # which says more
             e = UserError("out of memory: do less at a time (--num_samples, --batch_size), or a smaller model")
+        if isinstance(e, ModuleNotFoundError):
+            e = UserError(f"{e}; pip install {(e.name or 'it').partition('.')[0]}")
         if not isinstance(e, (UserError, OSError)):
             raise
         print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr, flush=True)
@@ -103,13 +105,13 @@ def setting_types(*classes):
     return {name: typing.get_args(kind) or (kind,) for name, kind in hints.items()}
 
 
-def read_command(argv, settings_class, config_class, default_config="config/quickstart.py"):
+def read_command(argv, settings_class, config_class):
     """Command line -> (settings, model configuration); flags win over the config file, and what is auto stays None."""
     kinds = setting_types(settings_class, config_class)
     files, flags = split_command(argv, kinds)
     if len(files) > 1:
         raise UserError(f"one config file at most, not {' '.join(files)}; a setting is written --key=value", status=2)
-    path = Path(files[0]) if files else Path(__file__).parent.parent / default_config
+    path = Path(files[0]) if files else Path(__file__).parent.parent / "config/quickstart.py"
     given = {key: convert(key, value, kinds, path) for key, value in read_config(path).items()}
     given |= {key: convert(key, value, kinds, "command line") for key, value in flags.items()}
     given["out_dir"] = given.get("out_dir") or str(Path("out") / path.stem)
@@ -161,6 +163,8 @@ def split_command(argv, kinds):
 
 def read_config(path):
     """The assignments of a config file: Python, the user's own, which may start from another such file."""
+    if not path.exists():
+        raise UserError(f"there is no config file {path}; a setting is written --key=value", status=2)
     try:
         values = runpy.run_path(str(path))
     except (Exception, SystemExit) as e:
