@@ -137,7 +137,7 @@ def processes(settings):
         torch.set_flush_denormal(True)
         if on_cuda:
             torch.cuda.set_device(settings.device)
-            if settings.dtype != "float32":  # which is as exact as its name; of others TF32 would be no loss
+            if settings.dtype != "float32":  # that would not be float32; for others torch warns where it is off
                 torch.set_float32_matmul_precision("high")
         if n > 1 or "RANK" in os.environ:  # torchrun sets it
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
