@@ -380,7 +380,7 @@ def test_what_a_study_finds_does_not_depend_on_which_run_ended_first(seed, simul
 # What is published.
 
 PUBLISHED = sorted(path.parent for path in (ROOT / "study/results").glob("*/report.md"))
-MAIN, SCREEN = ROOT / "study/results/stdlib_cpu", ROOT / "study/results/queries_cpu"
+MAIN, SCREEN, FINAL = (ROOT / "study/results" / name for name in ("stdlib_cpu", "queries_cpu", "queries_final_cpu"))
 STUDY_README = (ROOT / "study/README.md").read_text("utf-8")
 
 
@@ -502,7 +502,7 @@ def test_the_screen_and_who_goes_on_by_the_rule_of_its_plan():
     first, second = [arm for arm in order if arm not in known and max(x[arm].values()) < limit][:2]
     assert mean[first] < mean["linear_matched"]
     assert f"`{first}` and `{second}` go on" in " ".join(STUDY_README.split())
-    final = (MAIN.parent / "queries_final_cpu/plan.txt").read_text()
+    final = (FINAL / "plan.txt").read_text()
     arms, seeds, pairs = (
         re.search(rf"^--(?:.* --)?{key}=(\S+)", final, re.M)[1].split(",") for key in ("arm", "seed", "compare")
     )
@@ -516,9 +516,29 @@ def test_the_screen_and_who_goes_on_by_the_rule_of_its_plan():
     assert not {int(seed) for seed in seeds} & {line["seed"] for line in [*lines.values(), *of_main.values()]}
 
 
+def test_what_is_recommended_follows_from_the_final_by_the_rule_of_its_plan():
+    rows = {(row.arm, row.other): row for row in runs.load(FINAL).compare()}
+    if not rows:
+        pytest.skip("its runs are under way")
+    controls = {"nonlinear_per_head": "linear_qk_gain", "nonlinear_value": "linear_matched_value"}
+    mean = {arm: rows[arm, "linear_matched"].mean for arm in controls}
+
+    def better(arm, other):
+        return rows[arm, other].verdict.startswith("better")
+
+    found = [arm for arm, own in controls.items() if better(arm, "linear_matched") and better(arm, own)]
+    best = min(found, key=mean.get, default=None)
+    words = f"**`{best}` is recommended" if best else "**No query is recommended"
+    if best:
+        words += (
+            ", and better than the paper's" if better(best, "nonlinear") else ", but not called better than the paper's"
+        )
+    assert f"{words}.**" in " ".join(STUDY_README.split())
+
+
 def test_the_final_has_what_was_tuned_before_and_measures_on_one_processor():
     """The tuning runs that its plan takes from the main study and from the screen are those, to the last digit."""
-    lines, of_main, of_screen = records(MAIN.parent / "queries_final_cpu"), records(MAIN), records(SCREEN)
+    lines, of_main, of_screen = records(FINAL), records(MAIN), records(SCREEN)
     arms = {"linear", "linear_matched", "identity", "nonlinear"}
     reused = {name: line for name, line in of_main.items() if line["arm"] in arms and line["seed"] in (1, 2)}
     arms = {"nonlinear_per_head", "nonlinear_value", "linear_qk_gain"}
