@@ -45,17 +45,18 @@ are not corrected for the number of comparisons. No verdict rests on a run that 
 
 
 def write(study, command):
-    """Write report.md, rates.svg and arms.svg into the study's folder."""
+    """Write report.md and its pictures, rates.svg and arms.svg, into the study's folder."""
     left = f", {study.to_go()} or more to go" if study.to_go() else ""
     parts = [f"# {study.folder.name}", f"```sh\n{command}\n```"]
     parts.append(f"{len(study.records)} runs{left}. {about([record['config'] for record in study.records.values()])}")
     parts += ["## The plan", plan(study), "## The verdicts", verdict_table(study), lines(study), VERDICTS]
     parts += ["## Each arm at its best rate", arm_table(study), note(study)]
-    parts += [f"![Each arm's difference from {study.baseline}, every seed a dot](arms.svg)"]
+    if len(study.arms) > 1:
+        parts.append(f"![Each arm's difference from {study.baseline}, every seed a dot](arms.svg)")
+        draw_arms(study)
     parts += [f"![{loss_name(study)} against the learning rate, every run a dot](rates.svg)", rate_table(study)]
     parts += [RATES if study.tuning_seeds else "", seed_table(study)]
     draw_rates(study)
-    draw_arms(study)
     RunFolder(study.folder).write_text("report.md", "\n\n".join(filter(None, parts)) + "\n")
     print(f"report: {study.folder / 'report.md'}")
 

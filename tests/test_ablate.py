@@ -103,6 +103,7 @@ def test_a_study_of_encoders_says_what_its_loss_is_of():
     (loss,), text = losses().values(), Path("r/report.md").read_text()
     assert "| masked-token loss (n) | " in text and "All arms have the rate 0.0006; 1 measure there." in text
     assert f" | {loss:.4f} (1) | " in text and "alidation loss" not in text
+    assert "arms.svg" not in text and not Path("r/arms.svg").exists()  # nothing to compare
     assert runs.load(Path("r")).ngrams[1] == pytest.approx(math.log(21), abs=0.1)  # letters at random, of 21
     # Where arms do not see the same, no table of counts judges them, and none that was counted before.
     Path("both").mkdir()
