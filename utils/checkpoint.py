@@ -270,7 +270,7 @@ def check_resume(before, now, may_change=MAY_CHANGE):
     refused = [f"{key} was {before.get(key)}, now is {changed[key]}" for key in changed if key not in may_change]
     if refused:
         words = f"a run is resumed with the settings it began with: {'; '.join(refused)}"
-        if {"max_iters", "lr_decay_iters"} <= changed.keys():
+        if "max_iters" in may_change and {"max_iters", "lr_decay_iters"} <= changed.keys():
             end, rate = before["lr_decay_iters"], now["min_lr"]
             words += f" (--lr_decay_iters={end} keeps it, and from that step on the rate is min_lr={rate:g})"
         raise UserError(words)
