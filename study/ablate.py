@@ -78,9 +78,7 @@ def read_options(argv):
     if "" in devices:
         parser.error(f"--devices={options.devices} names an empty device")
     names = options.arm.split(",") if options.arm else []
-    if len(set(names)) < len(names):
-        parser.error(f"--arm={options.arm} names an arm twice")
-    arms = make_arms(names, axes, config.n_embd)
+    arms = make_arms(distinct(names, f"--arm={options.arm} names an arm twice"), axes, config.n_embd)
     study = Study(
         config=options.config,
         arms=arms,
@@ -103,8 +101,13 @@ def read_values(key, text, flag=None):
     if key in NOT_FOR_A_GRID:
         raise UserError(f"--{key} is not for a grid; see --out and --devices", status=2)
     values = [convert(key, value, KINDS, given) for value in str(text).split(",")]
+    return distinct(values, f"{given} names a value twice")
+
+
+def distinct(values, words):
+    """The values; a UserError in these words where one is there twice."""
     if len(set(values)) < len(values):
-        raise UserError(f"{given} names a value twice", status=2)
+        raise UserError(words, status=2)
     return values
 
 
@@ -114,8 +117,7 @@ def read_pairs(text, arms):
     for pair in pairs:
         if len(pair) != 2 or pair[0] == pair[1] or not set(pair) <= set(arms):
             raise UserError(f"--compare={':'.join(pair)} is not two of the arms {', '.join(arms)}", status=2)
-    if len(set(map(frozenset, pairs))) < len(pairs):
-        raise UserError(f"--compare={text} compares two arms twice", status=2)
+    distinct([frozenset(pair) for pair in pairs], f"--compare={text} compares two arms twice")
     return pairs
 
 

@@ -145,11 +145,10 @@ class Study:
         rows = stats.compare(self.losses(measured), pairs, self.margin)
         return max(((row.high - row.low) / 2 for row in rows if row.high > row.low), default=0.0)
 
-    def to_go(self, arms=None):
-        """How many runs are left, or of these arms; at least so many while a rate is still looked for."""
-        arms = self.arms if arms is None else arms
-        left = sum(run.arm in arms and run not in self.records for run in self.runs())
-        return left + len(self.measuring_seeds()) * sum(self.search(arm)[1] is None for arm in arms)
+    def to_go(self):
+        """How many runs are left; at least so many while a rate is still looked for."""
+        left = sum(run not in self.records for run in self.runs())
+        return left + len(self.measuring_seeds()) * sum(self.search(arm)[1] is None for arm in self.arms)
 
     # What they say.
 
@@ -167,7 +166,8 @@ class Study:
     def compare(self):
         """A row of stats.compare for each comparison; one that was added later follows when its own runs are done. None before
         all runs of the planned ones are: who stops at a difference that he likes finds one."""
-        pairs = [pair for pair in self.comparisons if not self.to_go(pair)]
+        under_way = {run.arm for run in self.runs() if run not in self.records}
+        pairs = [pair for pair in self.comparisons if under_way.isdisjoint(pair)]
         if pairs[: self.planned] != self.comparisons[: self.planned]:
             return []
         measured = self.measured()

@@ -93,7 +93,7 @@ def plan(study):
     if study.half_width:
         measuring += f", at most {len(study.seeds)} until each interval is at most ± {study.half_width:g} %"
     return PLAN.format(
-        primary=listed(pairs[:planned][:1]) or "none",
+        primary=pairs[0] if planned else "none",
         secondary=listed(pairs[1:planned]) or "none",
         later=f" Added when runs that measure were known, and so exploratory: {later}." if later else "",
         margin=study.margin,

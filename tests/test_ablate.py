@@ -664,9 +664,8 @@ def test_every_number_of_the_published_verdicts_computed_anew(folder):
     seeds, half_width = told["seeds"], told["half_width"]
     whole = counted == {n} and (n == len(seeds) or half_width and n >= 6 and n % 2 == 0)
     if whole:
-        pairs = [
-            pair for pair in told["comparisons"] if {measured[arm] for arm in pair} == {n}
-        ]  # later ones when they are done
+        # Those that were added later follow when they are done.
+        pairs = [pair for pair in told["comparisons"] if {measured[arm] for arm in pair} == {n}]
         tests = [ttest(x[arm], x[other]) for arm, other in pairs]
         intervals = np.array([test.confidence_interval(0.95) for test in tests])
         base = np.array([x[other].mean() for _, other in pairs])

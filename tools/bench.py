@@ -30,7 +30,7 @@ from sample import load_model
 from tools import plan
 from tools.bench_data import bench_data, random_tokens, spread, timed
 from utils.checkpoint import RunFolder
-from utils.device import device_name, flops_per_token, peak_memory, resolve
+from utils.device import allow_tf32, device_name, flops_per_token, peak_memory, resolve
 from utils.generation import FORMATS, best_format, for_generation, formats
 from utils.settings import Parser, UserError, checked, run_program, short
 
@@ -70,8 +70,7 @@ def make_training(name, shape, settings):
     data, model = random_tokens(shape), make_model(name, shape).to(settings.device)
     optimizer = train.make_optimizer(model, settings)
     scaler = torch.amp.GradScaler(settings.device.split(":")[0], enabled=settings.dtype == "float16")
-    if settings.device.startswith("cuda") and settings.dtype != "float32":
-        torch.set_float32_matmul_precision("high")  # as train.py does
+    allow_tf32(settings)
     objective = train.Objective(model)
     if settings.compile:
         objective.compile()

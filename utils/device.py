@@ -64,6 +64,12 @@ def autocast(settings):
     return torch.autocast(settings.device.split(":")[0], dtype, enabled=dtype != torch.float32)
 
 
+def allow_tf32(settings):
+    """TF32 where float32 is not asked for, as it would be less exact; for other formats torch warns if it is off."""
+    if settings.device.startswith("cuda") and settings.dtype != "float32":
+        torch.set_float32_matmul_precision("high")
+
+
 def peak_tflops(device):
     """Dense bf16 TFLOP/s with fp32 accumulation, as the maker states them; None where unknown."""
     peaks = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 836, "H200": 989, "A100": 312, "L40S": 362}
@@ -137,8 +143,7 @@ def processes(settings):
         torch.set_flush_denormal(True)
         if on_cuda:
             torch.cuda.set_device(settings.device)
-            if settings.dtype != "float32":  # that would not be float32; for others torch warns where it is off
-                torch.set_float32_matmul_precision("high")
+            allow_tf32(settings)
         if n > 1 or "RANK" in os.environ:  # torchrun sets it
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
         yield

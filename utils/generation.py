@@ -38,14 +38,16 @@ def best_format(device):
     """The fastest number format that changes the validation loss by less than 0.1 %: `tools.bench sample --run` tells."""
     if device == "cpu":
         return "int8"
-    return "bfloat16" if device.startswith("cuda") and best_dtype(device) == "bfloat16" else "float32"
+    return "bfloat16" if best_dtype(device) == "bfloat16" else "float32"
 
 
 @torch.no_grad()
 def for_generation(model, dtype="float32"):
     """Eval mode, and weights in one of FORMATS -> the model, which is changed in place."""
-    if dtype not in (known := formats(device := next(model.parameters()).device.type)):
-        raise UserError(f"dtype={dtype} is not among the weights' formats on {device}: {', '.join(known)}", status=2)
+    device = next(model.parameters()).device.type
+    if dtype not in formats(device):
+        known = ", ".join(formats(device))
+        raise UserError(f"dtype={dtype} is not among the weights' formats on {device}: {known}", status=2)
     # cuDNN's attention makes a plan for each length of the keys, and every token makes them longer.
     torch.backends.cuda.enable_cudnn_sdp(False)
     for name, module in list(model.named_modules()):
