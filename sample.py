@@ -28,9 +28,8 @@ def load_model(folder, device, dtype="float32"):
     checkpoint = run.load(name)
     with reading(run.path / name):
         if (mode := checkpoint["config"]["query_mode"]) not in QUERIES:
-            raise UserError(
-                f"{run} has query_mode={mode}, which is not one of {', '.join(QUERIES)}; add it to model.py"
-            )
+            problem = f"{run} has query_mode={mode}, which is not one of {', '.join(QUERIES)}; add it to model.py, or"
+            raise UserError(f"{problem}, for one of study/queries.py, type: python -m study.queries sample {run}")
         model = GPT(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
     return for_generation(model.to(device), dtype), checkpoint["tokenizer"]

@@ -1,19 +1,21 @@
 """Queries that the studies compare beside model.py's three: python -m study.queries CONFIG ... is train.py with them, and
-sample.py lacks them.
+python -m study.queries sample RUN ... is sample.py.
 
 Each comes through the door that model.py offers: a class in QUERIES. x (B, T, d) is the attention layer's input after ln_1,
 q (B, T, d); N is an RMSNorm of each head without gains. A gain per channel on q, or per head without a norm, could be
 absorbed by W_K; only a factor that depends on the token adds something.
 """
 
+import sys
 from dataclasses import replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import sample
+import train
 from model import QUERIES, Attention, IdentityQuery, LinearQuery, NonlinearQuery
-from train import main
 from utils.settings import run_program
 
 
@@ -277,6 +279,12 @@ def register():
         QUERIES.setdefault(name, query)
 
 
-if __name__ == "__main__":
+def main():
     register()
-    run_program(lambda: main(program=("-m", "study.queries")))
+    if sys.argv[1:2] == ["sample"]:
+        return sample.main(sys.argv[2:])
+    return train.main(program=("-m", "study.queries"))
+
+
+if __name__ == "__main__":
+    run_program(main)

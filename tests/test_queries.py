@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+import sample
+from conftest import run
 from model import GPT, GPTConfig
 from study.queries import CANDIDATES, register
+from utils.tokenizers import load_tokenizer
 
 D, H = 24, 3
 CONFIG = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=H, n_embd=D, query_mode="identity")
@@ -167,3 +170,16 @@ def test_which_start_as_large_as_the_nonlinear_one():
         layer = GPT(replace(CONFIG, n_embd=256, n_head=2, query_mode=mode)).blocks[0].attn
         found = [part.std().item() for part in (layer.query(x), *layer.key_value(x).chunk(2, -1))]
         assert found == pytest.approx(sizes, rel=0.03)
+
+
+def test_a_run_of_a_candidate_is_sampled_by_its_own_program(tiny_config):
+    """sample.py alone lacks them, and says what to type."""
+    assert run("study/queries.py", tiny_config, "--query_mode=nonlinear_per_head").returncode == 0
+    greedy = ("--num_samples=1", "--temperature=0", "--max_new_tokens=20", "--device=cpu", "--dtype=float32")
+    printed = run("study/queries.py", "sample", "out/tiny", "--prompt=7 plus ", *greedy).stdout
+    model, spec = sample.load_model("out/tiny", "cpu")
+    tokenizer = load_tokenizer(spec)
+    idx = model.generate(torch.tensor([tokenizer.encode(b"7 plus ").tolist()]), 20, temperature=0)
+    assert printed == tokenizer.decode(idx[0].tolist()).decode() + "\n"
+    alone = run("sample.py", "out/tiny")
+    assert alone.returncode == 1 and "type: python -m study.queries sample out/tiny\n" in alone.stderr
