@@ -83,7 +83,7 @@ def get_holes(data, settings, offsets, seed, *key):
     of (seed, key, offset); None where the objective is the next token."""
     if settings.objective == "next":
         return None
-    # As many in each window, so that micro-batches weigh the same.
+    # The same number in each window, so that micro-batches weigh the same.
     count = max(1, round(settings.mask_share * data.block_size))
     raw = [np.random.Philox(key=derive_seed(seed, *key, o)).random_raw(data.block_size) for o in offsets.tolist()]
     return raw <= np.sort(raw)[:, count - 1 : count]  # where the smallest random numbers are
