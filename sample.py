@@ -121,7 +121,7 @@ def read_options(argv):
     seed = checked(int, lambda value: 0 <= value < 2**63, "is not in [0, 2**63)")
     parser.add_argument("--seed", type=seed, default=1337, help="of the draws")
     parser.add_argument("--device", help="cpu, cuda, cuda:N or mps; without it the first there is of cuda, mps, cpu")
-    parser.add_argument("--dtype", choices=FORMATS, help="of the weights; without it int8 on a CPU, bfloat16 on CUDA")
+    parser.add_argument("--dtype", choices=FORMATS, help="of the weights; without it int8 on a CPU, float32 elsewhere")
     return parser.parse_args(argv)
 
 

@@ -13,4 +13,4 @@ beta2 = 0.95
 
 eval_interval = 1500  # once the decay has finished, on all of val.bin
 log_interval = 10
-dtype = "float32"  # on every machine, so that runs on different ones can be compared
+dtype, compile = "float32", False  # on every machine, so that runs on different ones can be compared

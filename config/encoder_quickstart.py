@@ -14,4 +14,4 @@ beta2 = 0.99
 
 eval_interval, eval_tokens = 1000, 100_000
 log_interval = 50
-dtype = "float32"  # so small a model gains nothing from bfloat16
+dtype, compile = "float32", False  # so small a model gains nothing from bfloat16 or a compiler

@@ -12,4 +12,4 @@ beta2 = 0.99
 
 eval_interval = 850
 log_interval = 50
-dtype = "float32"  # so small a model gains nothing from bfloat16
+dtype, compile = "float32", False  # so small a model gains nothing from bfloat16 or a compiler
