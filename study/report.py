@@ -257,7 +257,7 @@ def draw_rates(study):
                 axes.axhline(loss, color="#555555", ls="--", lw=0.8)
                 at = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
                 axes.annotate(f"{n}-gram counts", (0.995, loss), size=8, **at)
-        axes.legend(frameon=False, fontsize="small", ncols=2)
+        axes.legend(framealpha=1, edgecolor="none", fontsize="small", ncols=2)
     axes.set(xscale="log", xlabel="learning rate", ylabel=f"{loss_name(study).lower()} (nats a token)")
     axes.set_xticks(sorted(rates), [f"{rate:g}" for rate in sorted(rates)])
     axes.minorticks_off()
