@@ -535,7 +535,8 @@ def test_what_is_recommended_follows_from_the_final_by_the_rule_of_its_plan():
     text = " ".join(STUDY_README.split())
     assert f"{words}.**" in text
     ascribed = better("nonlinear_per_head", "linear_per_head")  # what f does; only then is it model.py's, too
-    assert ascribed == ("nonlinear_per_head" in (ROOT / "model.py").read_text()) == ("**No gain is ascribed to f.**" not in text)
+    assert ("nonlinear_per_head" in (ROOT / "model.py").read_text("utf-8")) == ascribed
+    assert ("**No gain is ascribed to f.**" in text) != ascribed
 
 
 def test_the_final_has_what_was_tuned_before_and_measures_on_one_processor():
