@@ -1,7 +1,7 @@
 """A trained model made ready to generate, as fast as the machine allows.
 
-One token at a time is as fast as the weights can be read, so that smaller ones are faster: bfloat16 takes half of
-float32's bytes, int8 a quarter.
+On a CPU one token at a time is as fast as the weights can be read, so that smaller ones are faster: bfloat16 takes half of
+float32's bytes, int8 a quarter. A GPU waits for the launches of kernels instead: on an H100 bfloat16 was no faster.
 """
 
 import torch
@@ -35,7 +35,7 @@ def formats(device):
 
 def best_format(device):
     """The fastest number format that changes the validation loss by less than 0.1 %: `tools.bench sample --run` tells."""
-    return "int8" if device == "cpu" else "float32"  # a GPU waits for launches: bfloat16 was no faster on an H100
+    return "int8" if device == "cpu" else "float32"
 
 
 @torch.no_grad()
