@@ -1,13 +1,14 @@
-"""Turn text into tokens: python prepare_data.py NAME writes data/NAME/{train.bin, val.bin, meta.json}.
+"""Turn text into tokens, data/NAME: python prepare_data.py NAME
 
-    stdlib            the Python source of this interpreter's standard library, as bytes; no network
-    bytecode          no text: the instructions that Python compiles that library to, two bytes each; no network
-    shakespeare_char  tiny Shakespeare, one token a character
-    shakespeare       tiny Shakespeare, GPT-2 BPE
-    text              your own files: --name NAME --input FILE_OR_FOLDER ... --tokenizer gpt2|char|byte
-    openwebtext       the corpus of the paper's experiment; --shards 0-3 for a part; see --help
+    stdlib            this Python's standard library as bytes; no network
+    bytecode          the instructions that Python compiles it to; no network
+    shakespeare_char  tiny Shakespeare, one token for each character
+    shakespeare       tiny Shakespeare, GPT-2's BPE
+    text              your own files: --name NAME --input FILE_OR_FOLDER ...
+    openwebtext       the paper's corpus; --shards 0-3 takes a part of it
 
-A .bin file is a plain array of token ids, of which meta.json tells the rest. A data set appears complete or not at all.
+train.bin and val.bin are plain arrays of token ids, and meta.json describes
+them. A data set appears when it is complete. NAME --help lists its options.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import os
 import platform
 import re
 import shutil
+import sys
 import sysconfig
 import types
 import warnings
@@ -27,59 +29,23 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.data import DATA_DIR
 from utils.files import locked, new_file
-from utils.settings import Parser, UserError, checked, run_program
+from utils.options import checked
+from utils.settings import Parser, UserError, run_program
 from utils.tokenizers import load_tokenizer
 
-DATA_DIR = Path("data")
-SMALL = ("stdlib", "bytecode", "shakespeare_char", "shakespeare")  # prepared by train.py on first use
-SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare"
+SHAKESPEARE_URL = f"{SHAKESPEARE}/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-
-
-class Dataset:
-    """data/NAME, checked against its meta.json. UserError where it is damaged or shorter than block_size."""
-
-    def __init__(self, name, block_size):
-        self.folder, self.block_size = DATA_DIR / name, block_size
-        try:
-            self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
-            self.vocab_size, self.tokenizer = int(self.meta["vocab_size"]), dict(self.meta["tokenizer"])
-            self.source, self.sha256 = self.meta["source"], {}
-            for split in ("train", "val"):  # what is needed later must be there now
-                self.sha256[split], _ = self.meta[split]["sha256"], int(self.meta[split]["text_bytes"])
-                found, told, path = len(self.tokens(split)), self.n_tokens(split), self.folder / f"{split}.bin"
-                if found != told:
-                    raise UserError(f"{path} holds {found} tokens, but meta.json says {told}; prepare it anew")
-                if told <= block_size:
-                    raise UserError(f"{path} has {told} tokens, too few for block_size={block_size}; add text")
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{self.folder} is damaged ({type(e).__name__}: {e}); delete and prepare it anew") from None
-
-    def n_tokens(self, split):
-        return self.meta[split]["tokens"]
-
-    def tokens(self, split):
-        # Opened afresh each time: the pages that a long-lived memmap has touched count as resident memory.
-        return np.memmap(self.folder / f"{split}.bin", dtype=self.meta["dtype"], mode="r")
-
-
-def prepare_if_small(name):
-    """Prepare a small data set that is not there yet; refuse another one with the command that prepares it."""
-    if (DATA_DIR / name).exists():
-        return
-    if name not in SMALL:
-        command = f"text --name {name} --input FILE_OR_FOLDER"
-        if re.fullmatch(r"openwebtext(_[\d-]+)?", name):
-            command = name.replace("_", " --shards ")
-        raise UserError(f"there is no data set {DATA_DIR / name}; prepare it: python prepare_data.py {command}")
-    print(f"preparing {DATA_DIR / name}", flush=True)
-    main([name])
 
 
 @dataclass
 class Document:
-    """A text under a name that is the same on every machine: a file, or bytes that begin at an offset of one."""
+    """A text, and a name of it that is the same on every machine.
+
+    content is a file, or bytes that begin at an offset of the file.
+    """
 
     name: str
     content: Path | bytes
@@ -90,7 +56,7 @@ class Document:
 
 
 def find_documents(folder, pattern="*", skip=()):
-    """Every file below a folder, as documents; no hidden or empty files, nothing below a folder named in skip."""
+    """The files below a folder, but no hidden or empty ones, and none below a folder in skip."""
     documents = []
     for path in folder.rglob(pattern):
         parts = path.relative_to(folder).parts
@@ -102,150 +68,191 @@ def find_documents(folder, pattern="*", skip=()):
 
 def split(documents):
     """Documents, in any order -> {"train": documents, "val": documents}."""
-    if len(documents) == 1:  # it is cut after 90 % of its bytes, at a character's end
-        name, data = documents[0].name, documents[0].read()
+    if len(documents) == 1:  # cut it after 90 % of its bytes, where a character ends
+        name = documents[0].name
+        data = documents[0].read()
         cut = int(0.9 * len(data))
-        while cut < len(data) and data[cut] & 0xC0 == 0x80:  # within a character of UTF-8
+        while cut < len(data) and data[cut] & 0xC0 == 0x80:  # inside a character of UTF-8
             cut += 1
         return {"train": [Document(name, data[:cut])], "val": [Document(name, data[cut:], cut)]}
-    # The tenth whose names have the smallest sha256 are for validation.
-    shuffled = sorted(documents, key=lambda doc: (hashlib.sha256(os.fsencode(doc.name)).digest(), str(doc.content)))
+
+    def order(document):
+        digest = hashlib.sha256(os.fsencode(document.name)).digest()
+        return digest, str(document.content)
+
+    # A hash of the name draws a tenth of the documents for validation, the same on each machine.
+    shuffled = sorted(documents, key=order)
     n_val = max(1, round(0.1 * len(documents)))
     return {"train": shuffled[n_val:], "val": shuffled[:n_val]}
 
 
 def write_dataset(name, documents, tokenizer_kind, source):
-    """Tokenize documents into data/NAME, which must not exist yet; it appears when it is complete."""
-    target, work = DATA_DIR / name, DATA_DIR / f".{name}.tmp"
+    """Tokenize documents into data/NAME. UserError where it exists already."""
+    target = DATA_DIR / name
+    work = DATA_DIR / f".{name}.tmp"
     with locked(work):
-        if target.exists():
-            raise UserError(f"{target} exists already; delete it to prepare it anew")
-        shutil.rmtree(work / "new", ignore_errors=True)  # left by a process that was killed
-        (work / "new").mkdir()
         try:
-            meta = write_parts(work / "new", documents, tokenizer_kind, source)
-            os.rename(work / "new", target)
+            if target.exists():
+                raise UserError(f"{target} exists already; delete it to prepare it again")
+            new = work / "new"
+            shutil.rmtree(new, ignore_errors=True)  # a process that was killed may have left it
+            new.mkdir()
+            meta = write_parts(new, documents, tokenizer_kind, source)
+            os.rename(new, target)
         finally:
-            shutil.rmtree(work / "new", ignore_errors=True)
-    print(f"{target}: {meta['train']['tokens']:,} train, {meta['val']['tokens']:,} val tokens from {source}")
+            shutil.rmtree(work)
+    n_train, n_val = meta["train"]["tokens"], meta["val"]["tokens"]
+    print(f"{target}: {n_train:,} train, {n_val:,} val tokens from {source}")
 
 
 def write_parts(folder, documents, tokenizer_kind, source):
-    """Write train.bin, val.bin and meta.json -> what the latter holds."""
-    spec = {"kind": tokenizer_kind, "has_eot": len(documents) > 1}  # one document alone needs no separator
+    """Write train.bin, val.bin and meta.json -> the content of meta.json."""
+    has_eot = len(documents) > 1  # a single document needs no separator
+    spec = {"kind": tokenizer_kind, "has_eot": has_eot}
     if tokenizer_kind == "char":
-        texts = (encode(doc, doc.read(), bytes.decode) for doc in documents)
+        texts = (encode(document, document.read(), bytes.decode) for document in documents)
         spec["chars"] = "".join(sorted(set(itertools.chain.from_iterable(texts))))
     tokenizer = load_tokenizer(spec)
-    dtype = next(t for t in ("uint8", "uint16", "uint32") if tokenizer.vocab_size - 1 <= np.iinfo(t).max)
-    meta = {"source": source, "tokenizer": tokenizer.spec, "vocab_size": tokenizer.vocab_size, "dtype": dtype}
-    for part, part_documents in split(documents).items():
-        meta[part] = write_split(folder / f"{part}.bin", part_documents, tokenizer, dtype)
-        if meta[part]["tokens"] < 2:
-            raise UserError(f"{source} is too short: {meta[part]['tokens']} tokens would be left for {part}.bin")
+    largest = tokenizer.vocab_size - 1
+    dtype = next(t for t in ("uint8", "uint16", "uint32") if largest <= np.iinfo(t).max)
+    meta = {
+        "source": source,
+        "tokenizer": tokenizer.spec,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": dtype,
+    }
+    for part, of_part in split(documents).items():
+        meta[part] = write_split(folder / f"{part}.bin", of_part, tokenizer, dtype)
+        n = meta[part]["tokens"]
+        if n < 2:
+            raise UserError(f"{source} is too short: {n} tokens would be left for {part}.bin")
     with new_file(folder / "meta.json") as f:
         f.write(json.dumps(meta, indent=1).encode())
     return meta
 
 
 def write_split(path, documents, tokenizer, dtype):
-    """Write one .bin file -> its entry in meta.json. text_bytes counts the text alone, not what ends a document."""
-    tokens, text_bytes, sha256 = 0, 0, hashlib.sha256()
+    """Write a .bin file -> its entry in meta.json. text_bytes does not count separators."""
+    n_tokens = 0
+    text_bytes = 0
+    sha256 = hashlib.sha256()
     with new_file(path) as f:
-        for doc in documents:
-            data = doc.read()
-            ids = encode(doc, data, tokenizer.encode)
+        for document in documents:
+            data = document.read()
+            ids = encode(document, data, tokenizer.encode)
             if tokenizer.eot is not None:
                 ids = np.append(ids, np.uint32(tokenizer.eot))
             ids = ids.astype(dtype)
             f.write(ids)
             sha256.update(ids)
-            tokens += len(ids)
+            n_tokens += len(ids)
             text_bytes += len(data)
-    return {"documents": len(documents), "tokens": tokens, "text_bytes": text_bytes, "sha256": sha256.hexdigest()}
+    return {
+        "documents": len(documents),
+        "tokens": n_tokens,
+        "text_bytes": text_bytes,
+        "sha256": sha256.hexdigest(),
+    }
 
 
-def encode(doc, data, encoder):
-    """What an encoder makes of a document's bytes; UserError where they should be text and are not."""
+def encode(document, data, encoder):
+    """encoder(data) for the bytes of a document; UserError where they should be text."""
     try:
         return encoder(data)
     except UnicodeDecodeError as e:
-        where = f"byte 0x{data[e.start]:02x} at offset {doc.offset + e.start}"
-        raise UserError(f"{doc.name} is not UTF-8 text ({where}); --tokenizer byte takes any file") from None
+        where = f"byte 0x{data[e.start]:02x} at offset {document.offset + e.start}"
+        hint = "--tokenizer byte takes any file"
+        raise UserError(f"{document.name} is not UTF-8 text ({where}); {hint}") from None
 
 
 def standard_library(name):
-    """stdlib or bytecode: the source of what comes with Python, or what Python compiles it to."""
+    """stdlib or bytecode: the source of Python's library, or the instructions compiled from it."""
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
     documents = find_documents(Path(sysconfig.get_path("stdlib")), "*.py", skip)
     if not documents:
         raise UserError("this Python has no standard library as files (*.py)")
     source = f"Python {platform.python_version()}'s standard library"
     if name == "bytecode":
-        documents, source = [Document(doc.name, bytecode(doc.read())) for doc in documents], f"{source}, compiled"
+        documents = [Document(document.name, bytecode(document.read())) for document in documents]
+        source += ", compiled"
     write_dataset(name, documents, "byte", source)
 
 
 def bytecode(source):
-    """Python source -> its instructions, two bytes each: the operation, and the lowest byte of its argument. Those of a
-    function follow those of what defines it; no names, constants or inline caches. Nothing is executed."""
+    """Python source -> its instructions, two bytes each: operation, and lowest byte of argument.
+
+    Those of a function come after those of the code that defines it. Names, constants and inline
+    caches are left out. Nothing is executed.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of strings with odd escapes
-        code, pairs = [compile(source, "a module", "exec", dont_inherit=True)], []
-    for function in code:  # which grows
-        code += [constant for constant in function.co_consts if isinstance(constant, types.CodeType)]
-        pairs += zip(function.co_code[::2], function.co_code[1::2])
-    return bytes(itertools.chain.from_iterable(pair for pair in pairs if pair[0] != dis.opmap.get("CACHE")))
+        warnings.simplefilter("ignore")  # strings with odd escapes
+        module = compile(source, "a module", "exec", dont_inherit=True)
+    codes = [module]
+    pairs = []
+    for code in codes:  # the list grows
+        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+        pairs += zip(code.co_code[::2], code.co_code[1::2])
+    cache = dis.opmap.get("CACHE")
+    return bytes(itertools.chain.from_iterable(pair for pair in pairs if pair[0] != cache))
 
 
 def shakespeare(name, file=None):
-    """Tiny Shakespeare from its address, or from a copy of it; checked either way."""
-    import requests  # which the others can do without
+    """Tiny Shakespeare, downloaded or from a copy; its sha256 is compared either way."""
+    place = file or SHAKESPEARE_URL
+    hint = f"download it elsewhere, then: python prepare_data.py {name} --input FILE"
+    if file:
+        text = Path(file).read_bytes()
+    else:
+        import requests  # the other data sets need no download
 
-    place, hint = file or SHAKESPEARE_URL, f"fetch it elsewhere, then: python prepare_data.py {name} --input FILE"
-    try:
-        text = Path(file).read_bytes() if file else requests.get(SHAKESPEARE_URL, timeout=30).content
-    except OSError as e:  # requests' exceptions, too
-        raise UserError(f"could not fetch {place} ({type(e).__name__}); {hint}") from None
-    if (found := hashlib.sha256(text).hexdigest()) != SHAKESPEARE_SHA256:
-        raise UserError(f"{place} is not tiny Shakespeare: its sha256 is {found}, not {SHAKESPEARE_SHA256}; {hint}")
+        try:
+            text = requests.get(SHAKESPEARE_URL, timeout=30).content
+        except requests.RequestException as e:
+            raise UserError(f"could not fetch {place} ({type(e).__name__}); {hint}") from None
+    sha256 = hashlib.sha256(text).hexdigest()
+    if sha256 != SHAKESPEARE_SHA256:
+        problem = f"{place} is not tiny Shakespeare: its sha256 is {sha256}"
+        raise UserError(f"{problem}, not {SHAKESPEARE_SHA256}; {hint}")
     tokenizer_kind = "char" if name == "shakespeare_char" else "gpt2"
     write_dataset(name, [Document("input.txt", text)], tokenizer_kind, SHAKESPEARE_URL)
 
 
 def text(name, inputs, tokenizer_kind):
-    """Files and folders of one's own."""
+    """Files and folders of your own."""
     documents = []
     for path in map(Path, inputs):
-        found = find_documents(path) if path.is_dir() else [Document(path.name, path)]
-        if not path.is_dir() and not path.is_file():
-            raise UserError(f"--input {path} is no file or folder")
-        if not any(doc.content.stat().st_size for doc in found):
+        if not path.exists():
+            raise UserError(f"there is no --input {path}")
+        new = find_documents(path) if path.is_dir() else [Document(path.name, path)]
+        if not any(document.content.stat().st_size for document in new):
             raise UserError(f"--input {path} is empty")
-        documents += found
-    if len({doc.content.resolve() for doc in documents}) < len(documents):
+        documents += new
+    if len({document.content.resolve() for document in documents}) < len(documents):
         raise UserError("--input names a file twice, which could put it in both splits")
     write_dataset(name, documents, tokenizer_kind, ", ".join(map(str, inputs)))
 
 
 def read_options(argv):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     datasets = parser.add_subparsers(dest="dataset", metavar="NAME", required=True)
     datasets.add_parser("stdlib")
     datasets.add_parser("bytecode")
     for name in ("shakespeare_char", "shakespeare"):
-        datasets.add_parser(name).add_argument("--input", help="a copy of the text, where there is no network")
+        copy = datasets.add_parser(name)
+        copy.add_argument("--input", help="a copy of the text, where there is no network")
     own = datasets.add_parser("text")
     name = checked(str, re.compile(r"\w[\w.-]*").fullmatch, "is not a plain folder name")
     own.add_argument("--name", type=name, required=True, help="of the data set, a folder in data/")
     own.add_argument("--input", nargs="+", required=True, help="files or folders")
     own.add_argument("--tokenizer", choices=["gpt2", "char", "byte"], default="gpt2")
     corpus = datasets.add_parser("openwebtext")
-    corpus.add_argument("--shards", type=shard_range, default="0-20", help="0 to 20, or 0-3: a part of the corpus")
+    shards = "0 to 20, or 0-3: a part of the corpus"
+    corpus.add_argument("--shards", type=shard_range, default="0-20", help=shards)
     place = corpus.add_mutually_exclusive_group()
     address = checked(str, re.compile("https?://").match, "must begin with http:// or https://")
-    place.add_argument("--mirror", type=address, help="ask there instead of https://huggingface.co")
-    place.add_argument("--source", type=checked(str, len, "is no folder"), help="folder that holds the archives")
+    place.add_argument("--mirror", type=address, help="a server instead of https://huggingface.co")
+    folder = checked(str, len, "is no folder")
+    place.add_argument("--source", type=folder, help="a folder that holds the archives")
     corpus.add_argument("--keep", action="store_true", help="keep the downloaded archives")
     return parser.parse_args(argv)
 
@@ -253,21 +260,25 @@ def read_options(argv):
 def shard_range(text):
     """ "0-3" -> range(0, 4)"""
     first, _, last = text.partition("-")
-    if not (first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first) <= 20):
-        raise argparse.ArgumentTypeError(f"{text} is neither a number from 0 to 20 nor a range like 0-3")
-    return range(int(first), int(last or first) + 1)
+    last = last or first
+    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) <= 20):
+        problem = f"{text} is neither a number from 0 to 20 nor a range like 0-3"
+        raise argparse.ArgumentTypeError(problem)
+    return range(int(first), int(last) + 1)
 
 
 def main(argv=None):
-    options = read_options(argv)
+    options = read_options(sys.argv[1:] if argv is None else argv)
     if options.dataset in ("stdlib", "bytecode"):
         standard_library(options.dataset)
     elif options.dataset == "text":
         text(options.name, options.input, options.tokenizer)
     elif options.dataset == "openwebtext":
-        from utils import openwebtext  # needs requests, which the others can do without
+        from utils import openwebtext  # only this one needs requests
 
-        openwebtext.prepare(DATA_DIR, options.shards, options.mirror, options.source, options.keep)
+        openwebtext.prepare(
+            DATA_DIR, options.shards, options.mirror, options.source, options.keep
+        )
     else:
         shakespeare(options.dataset, options.input)
 

@@ -1,80 +1,94 @@
 """Let a trained model write: python sample.py out/NAME [--prompt=TEXT | --prompt=FILE:path] [...]
 
-An encoder fills holes in the prompt instead: each <mask> is one token, or, where there is none, each _ is.
+An encoder fills in masked tokens instead: each <mask> in the prompt is one token, or, where there
+is none, each _ is.
 """
 
 import argparse
 import codecs
+import sys
 from pathlib import Path
 
 import torch
 
 from model import GPT, QUERIES, GPTConfig
-from utils.checkpoint import RunFolder, reading
+from utils.checkpoint import RunFolder
 from utils.device import pick_device
-from utils.generation import FORMATS, best_format, for_generation
-from utils.settings import Parser, UserError, checked, run_program
+from utils.generation import FORMATS, for_generation, generate_tokens
+from utils.options import checked
+from utils.settings import Parser, UserError, run_program
 from utils.tokenizers import load_tokenizer
 
-OF_WRITING = ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "seed")  # options that filling lacks
+# Options that an encoder has no use for.
+DECODER_ONLY = ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
 
 
-def load_model(folder, device, dtype="float32"):
-    """The run's best model, or its last where none is marked best -> (GPT ready to generate, its tokenizer's spec)."""
+def load_model(folder, device, dtype=None):
+    """The best model of a run, or its last one -> (GPT ready to generate, spec of its tokenizer).
+
+    dtype: see for_generation. UserError where there is no model, or its query is not known.
+    """
     run = RunFolder(folder)
     name = "best.pt" if run.holds("best.pt") else "ckpt.pt"
     if not run.holds(name):
-        raise UserError(f"{run} holds no trained model (neither best.pt nor ckpt.pt)")
+        raise UserError(f"{folder} holds no trained model (neither best.pt nor ckpt.pt)")
     checkpoint = run.load(name)
-    with reading(run.path / name):
-        if (mode := checkpoint["config"]["query_mode"]) not in QUERIES:
-            problem = f"{run} has query_mode={mode}, which is not one of {', '.join(QUERIES)}; add it to model.py, or"
-            raise UserError(f"{problem}, for one of study/queries.py, type: python -m study.queries sample {run}")
-        model = GPT(GPTConfig(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["model"])
+    mode = checkpoint["config"].get("query_mode")
+    if mode not in QUERIES:
+        problem = f"{folder} has query_mode={mode}, which is not one of {', '.join(QUERIES)}"
+        hint = f"for one of study/queries.py: python -m study.queries sample {folder}"
+        raise UserError(f"{problem}; {hint}")
+    model = GPT(GPTConfig(**checkpoint["config"]))
+    model.load_state_dict(checkpoint["model"])
     return for_generation(model.to(device), dtype), checkpoint["tokenizer"]
 
 
-def encode_prompt(prompt, tokenizer, block_size, holes=False):
-    """The --prompt option -> token ids (1, T), 1 <= T <= block_size. None begins a new document, or a new line.
+def encode_prompt(prompt, tokenizer, block_size, is_encoder=False):
+    """The --prompt option -> token ids (1, T), 1 <= T <= block_size.
 
-    holes: those in the prompt become the mask token, which is the first id beyond the tokenizer's.
+    None begins a new document, or a new line where the data had a single document.
+    For an encoder, <mask> or _ becomes the mask token, the first id beyond the tokenizer's.
     """
-    if prompt is None and tokenizer.eot is not None and not holes:
+    if prompt is None and tokenizer.eot is not None and not is_encoder:
         return torch.tensor([[tokenizer.eot]])
-    data = b"\n" if prompt is None else prompt.encode(errors="surrogateescape")  # the bytes that were typed
+    text = b"\n" if prompt is None else prompt.encode(errors="surrogateescape")  # bytes as typed
     if prompt and prompt.startswith("FILE:"):
-        data = Path(prompt.removeprefix("FILE:")).read_bytes()
-    if not data:
+        text = Path(prompt.removeprefix("FILE:")).read_bytes()
+    if not text:
         raise UserError("the prompt is empty; leave out --prompt to begin a new document")
-    parts = [data]
-    if holes:
-        parts = data.split(b"<mask>" if b"<mask>" in data else b"_")
+    parts = [text]
+    if is_encoder:
+        parts = text.split(b"<mask>" if b"<mask>" in text else b"_")
         if len(parts) == 1:
-            raise UserError("this model is an encoder, and fills holes: give it a --prompt with <mask> or _ in it")
+            raise UserError("this model is an encoder: it needs a --prompt with <mask> or _ in it")
     try:
-        ids = [tokenizer.encode(part).tolist() for part in parts]
+        ids = tokenizer.encode(parts[0]).tolist()
+        for part in parts[1:]:
+            ids += [tokenizer.vocab_size, *tokenizer.encode(part).tolist()]
     except UnicodeDecodeError:
-        raise UserError(f"--prompt={prompt} is not UTF-8 text, which this run's tokens are made of") from None
-    ids = torch.tensor([ids[0] + [i for part in ids[1:] for i in (tokenizer.vocab_size, *part)]])
-    if ids.numel() > block_size:
-        raise UserError(f"the prompt has {ids.numel():,} tokens, but this model sees {block_size:,} at most")
-    return ids
+        raise UserError(f"--prompt={prompt} is not UTF-8 text, as this run's tokens are") from None
+    if len(ids) > block_size:
+        raise UserError(f"the prompt has {len(ids):,} tokens, but the model sees {block_size:,}")
+    return torch.tensor([ids])
 
 
 def write(model, prompt, tokenizer, options):
-    """Go on from the prompt (1, T), and print the texts."""
+    """Continue the prompt (1, T), and print the texts."""
     generator = torch.Generator(prompt.device).manual_seed(options.seed)
-    # Characters may be cut between tokens: a decoder holds back what is not complete yet.
-    decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(options.num_samples)]
-    begin = tokenizer.decode(prompt[0].tolist()) if options.prompt is not None else b""
-    texts = [decoder.decode(begin) for decoder in decoders]
+    start = tokenizer.decode(prompt[0].tolist()) if options.prompt is not None else b""
+    # A character may span several tokens: a decoder waits until it is complete.
+    make_decoder = codecs.getincrementaldecoder("utf-8")
+    decoders = [make_decoder(errors="replace") for _ in range(options.num_samples)]
+    texts = [decoder.decode(start) for decoder in decoders]
     print(texts[0], end="", flush=True)
-    sampling = (options.max_new_tokens, options.temperature, options.top_k, options.top_p, generator)
-    for tokens in model.generate_tokens(prompt.expand(options.num_samples, -1), *sampling):
-        new = [decoder.decode(tokenizer.decode(ids)) for decoder, ids in zip(decoders, tokens.tolist())]
-        print(new[0], end="", flush=True)  # the first is shown as it is written, the others when they are done
-        texts = [text + more for text, more in zip(texts, new)]
+    sampling = (options.max_new_tokens, options.temperature, options.top_k, options.top_p)
+    prompts = prompt.expand(options.num_samples, -1)
+    for tokens in generate_tokens(model, prompts, *sampling, generator):
+        for row, ids in enumerate(tokens.tolist()):
+            new = decoders[row].decode(tokenizer.decode(ids))
+            texts[row] += new
+            if row == 0:  # print the first text while it is written, and the others at the end
+                print(new, end="", flush=True)
     print()
     for text in texts[1:]:
         print("-" * 79, text, sep="\n")
@@ -82,59 +96,73 @@ def write(model, prompt, tokenizer, options):
 
 @torch.inference_mode()
 def fill(model, idx, mask, n_tokens):
-    """Fill the holes of idx (1, T), where it is mask, with ids below n_tokens, the surest one first; the others are then
-    looked at again -> (idx, {position of a hole: the probabilities (n_tokens,) when it was filled})."""
-    idx, found = idx.clone(), {}
-    while len(holes := (idx[0] == mask).nonzero().flatten()):
-        probs = model(idx)[0][0, holes, :n_tokens].float().softmax(-1)  # (holes, n_tokens)
+    """Replace each mask in idx (1, T) by an id below n_tokens.
+
+    The most certain one comes first, and the others are then predicted again.
+    -> (idx, {position of a mask: the probabilities (n_tokens,) when it was replaced})
+    """
+    idx = idx.clone()
+    predicted = {}
+    while len(masked := (idx[0] == mask).nonzero().flatten()):
+        logits = model(idx)[0, masked, :n_tokens]
+        probs = logits.float().softmax(-1)  # (number of masks, n_tokens)
         surest = probs.amax(-1).argmax()
-        position = holes[surest].item()
-        found[position] = probs[surest]
+        position = masked[surest].item()
+        predicted[position] = probs[surest]
         idx[0, position] = probs[surest].argmax()
-    return idx, dict(sorted(found.items()))
+    return idx, dict(sorted(predicted.items()))
 
 
 def write_filled(model, prompt, tokenizer, options):
-    """Fill the holes of the prompt (1, T); print the text, and for each hole the likeliest tokens as far as they fit."""
-    idx, found = fill(model, prompt, tokenizer.vocab_size, len(tokenizer.pieces))
+    """Fill in the prompt (1, T); print the text, and the most likely tokens of each mask."""
+    idx, predicted = fill(model, prompt, tokenizer.vocab_size, len(tokenizer.pieces))
     print(tokenizer.decode(idx[0].tolist()).decode(errors="replace"))
-    for number, probs in enumerate(found.values(), 1):
-        line = f"hole {number:2}"
-        for p, token in zip(*(values.tolist() for values in probs.topk(min(5, len(probs))))):
+    for number, probs in enumerate(predicted.values(), 1):
+        line = f"mask {number:2}"
+        top = probs.topk(min(5, len(probs)))
+        for p, token in zip(top.values.tolist(), top.indices.tolist()):
             candidate = f"  {tokenizer.pieces[token].decode(errors='backslashreplace')!r} {p:.1%}"
-            line += candidate if len(line + candidate) <= 80 else ""
+            if len(line + candidate) <= 80:
+                line += candidate
         print(line)
 
 
 def read_options(argv):
-    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("run", help="folder of a run, out/NAME")
-    parser.add_argument("--prompt", help="text to go on from, or FILE:path; without it a new document begins")
+    parser = Parser(description=__doc__)
     count = checked(int, lambda value: value >= 1, "is not 1 or above")
-    parser.add_argument("--num_samples", type=count, default=3, help="how many texts")
-    parser.add_argument("--max_new_tokens", type=count, default=500, help="length of each, in tokens")
-    heat = checked(float, lambda value: value >= 0, "is not 0 or above")
-    parser.add_argument("--temperature", type=heat, default=0.8, help="0 takes the likeliest token each time")
-    parser.add_argument("--top_k", type=count, help="draw from the k likeliest tokens only")
+    non_negative = checked(float, lambda value: value >= 0, "is not 0 or above")
     share = checked(float, lambda value: 0 < value <= 1, "is not in (0, 1]")
-    parser.add_argument("--top_p", type=share, help="draw from the fewest tokens whose probabilities reach p")
     seed = checked(int, lambda value: 0 <= value < 2**63, "is not in [0, 2**63)")
-    parser.add_argument("--seed", type=seed, default=1337, help="of the draws")
-    parser.add_argument("--device", help="cpu, cuda, cuda:N or mps; without it the first there is of cuda, mps, cpu")
-    parser.add_argument("--dtype", choices=FORMATS, help="of the weights; without it int8 on a CPU, float32 elsewhere")
+    add = parser.add_argument
+    add("run", help="folder of a run, out/NAME")
+    add("--prompt", help="text to continue, or FILE:path; without it a new document begins")
+    add("--num_samples", type=count, default=3, help="number of texts (3)")
+    add("--max_new_tokens", type=count, default=500, help="length of each, in tokens (500)")
+    add("--temperature", type=non_negative, default=0.8, help="0 takes the likeliest token (0.8)")
+    add("--top_k", type=count, help="draw from the k most likely tokens only")
+    add("--top_p", type=share, help="draw from the fewest tokens whose probabilities sum to p")
+    add("--seed", type=seed, default=1337, help="of the draws (1337)")
+    add("--device", help="cpu, cuda, cuda:N or mps; without it the first of cuda, mps, cpu")
+    formats = "of the weights; without it int8 for a large model on a CPU, else float32"
+    add("--dtype", choices=FORMATS, help=formats)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     options = read_options(argv)
-    device = pick_device(options.device)
-    model, tokenizer_spec = load_model(options.run, device, options.dtype or best_format(device))
-    fills, defaults = not model.config.causal, read_options([options.run])
-    if fills and (given := [name for name in OF_WRITING if getattr(options, name) != getattr(defaults, name)]):
-        raise UserError(f"--{given[0]} has no meaning here: {options.run} is an encoder, which fills holes", status=2)
-    tokenizer = load_tokenizer(tokenizer_spec)
-    prompt = encode_prompt(options.prompt, tokenizer, model.config.block_size, holes=fills).to(device)
-    (write_filled if fills else write)(model, prompt, tokenizer, options)
+    model, spec = load_model(options.run, pick_device(options.device), options.dtype)
+    tokenizer = load_tokenizer(spec)
+    is_encoder = not model.config.causal
+    if is_encoder:
+        defaults = read_options([options.run])
+        for name in DECODER_ONLY:
+            if getattr(options, name) != getattr(defaults, name):
+                problem = f"--{name} has no meaning for {options.run}"
+                raise UserError(f"{problem}, which is an encoder", status=2)
+    prompt = encode_prompt(options.prompt, tokenizer, model.config.block_size, is_encoder)
+    prompt = prompt.to(next(model.parameters()).device)
+    (write_filled if is_encoder else write)(model, prompt, tokenizer, options)
     return 0
 
 

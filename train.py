@@ -1,43 +1,44 @@
 """Train a GPT: python train.py [config/FILE.py] [--key=value ...]
 
-Without a file it trains config/quickstart.py. Keys are the settings below and the model's own; flags
-override the file, and a bare --key sets a switch to true. vocab_size, unless given, is what the data need.
---objective=masked trains an encoder.
-The run is left in out/<name of the config file>, and --resume goes on with it.
-On several GPUs: torchrun --standalone --nproc_per_node=8 train.py config/FILE.py
+Without a file it trains config/quickstart.py. Flags override the file, and a
+bare --key means true. The run is written to out/NAME for config/NAME.py, and
+--resume continues it. --objective=masked trains an encoder. On several GPUs:
+torchrun --standalone --nproc_per_node=8 train.py config/FILE.py
 """
 
 import math
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from model import GPT, GPTConfig, derive_seed
-from prepare_data import Dataset, prepare_if_small
-from utils.checkpoint import RunFolder, describe, new_state
-from utils.device import StopSignal, autocast, barrier, launch_command, measure_speed, print0, processes
-from utils.device import rank, resolve, sum_over_ranks, world_size
-from utils.settings import UserError, list_settings, read_command, run_program
-from utils.watch import check_finite, check_gradient, check_loss_scale, largest_attention_logit
+from model import GPT, GPTConfig
+from utils.checkpoint import RunFolder, describe
+from utils.data import Dataset, prepare_if_small
+from utils.device import autocast, barrier, print0, processes, rank, resolve
+from utils.device import stop_signals, sum_over_ranks, world_size
+from utils.seeds import derive_seed
+from utils.settings import UserError, read_command, run_program
 
-# ---------------------------------------------------------------------------------------------------
-# Settings. The comment behind a setting is what --help prints; None is written "auto".
+# --------------------------------------------------------------------------------------------------
+# Settings. --help prints the comment behind each.
 
 
 @dataclass(frozen=True)
 class Settings:
     # the run
     out_dir: str | None = None  # the run's folder; auto: out/<name of the config file>
-    resume: bool = False  # go on with the run in out_dir
-    eval_only: bool = False  # evaluate the weights (with resume: the checkpoint's) and stop; writes nothing
-    seed: int = 1337  # of weights, batches, masks and dropout, each with random numbers of its own
+    resume: bool = False  # continue the run in out_dir
+    eval_only: bool = False  # evaluate and stop; with resume the checkpoint, else initial weights
+    seed: int = 1337  # of weights, batches, masks and dropout, each with its own random stream
     # the objective
-    objective: str = "next"  # next | masked: predict the next token, or, as an encoder, tokens that are masked
+    objective: str = "next"  # next | masked: predict the next token, or masked tokens (an encoder)
     mask_share: float = 0.15  # masked: the share of each sequence that is masked
     # data
     dataset: str = "openwebtext"  # a folder in data/; see prepare_data.py
@@ -45,8 +46,8 @@ class Settings:
     gradient_accumulation_steps: int = 40  # micro-batches in a step, of all processes together
     # optimisation: AdamW
     learning_rate: float = 6e-4  # highest rate, reached after the warm-up
-    min_lr: float | None = None  # rate at lr_decay_iters; auto: learning_rate / 10 (cosine), 0 (linear)
-    lr_schedule: str = "cosine"  # cosine | linear: the way from learning_rate to min_lr
+    min_lr: float | None = None  # at lr_decay_iters; auto: learning_rate / 10 (cosine), 0 (linear)
+    lr_schedule: str = "cosine"  # cosine | linear: shape of the decay
     warmup_iters: int = 2000  # steps of linear warm-up
     lr_decay_iters: int | None = None  # step at which min_lr is reached; auto: max_iters
     max_iters: int = 60002  # steps
@@ -56,135 +57,132 @@ class Settings:
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
     # evaluation and logging
     eval_interval: int = 1000  # steps between evaluations, each of which saves a checkpoint
-    eval_tokens: int | None = None  # evaluate on the first so many tokens of val.bin; auto: all
+    eval_tokens: int | None = None  # evaluate on the first eval_tokens of val.bin; auto: all
     log_interval: int = 10  # steps between log lines
-    watch: bool = False  # log the largest attention logit, too: it grows before a loss blows up
-    wandb_log: bool = False  # log to Weights & Biases too (pip install wandb)
+    wandb_log: bool = False  # log to Weights & Biases, too (needs the package wandb)
     wandb_project: str = "nlqgpt"  # its project there
     # device
-    device: str | None = None  # cpu | cuda | cuda:N | mps; auto: the first there is of cuda, mps, cpu
-    dtype: str | None = None  # float32 | bfloat16 | float16; auto: the fastest that trains well there
+    device: str | None = None  # cpu | cuda | cuda:N | mps; auto: the first of cuda, mps, cpu
+    dtype: str | None = None  # float32 | bfloat16 | float16; auto: the fastest that trains well
     compile: bool | None = None  # torch.compile the model; auto: on CUDA
-    peak_tflops: float | None = None  # of one device, for the MFU; auto: known for many NVIDIA GPUs
 
 
-# ---------------------------------------------------------------------------------------------------
-# The batch of a step, and the objective.
+# --------------------------------------------------------------------------------------------------
+# The batch of a step.
 
 
 def get_offsets(data, seed, step, n):
-    """Where the n sequences of a step begin in train.bin: a pure function of (seed, step), so resuming is exact."""
+    """Where the n sequences of a step begin in train.bin: a pure function of (seed, step)."""
     raw = np.random.Philox(key=derive_seed(seed, "batch", step)).random_raw(n)
     return (raw % (data.n_tokens("train") - data.block_size)).astype(np.int64)
 
 
-def get_holes(data, settings, offsets, seed, *key):
-    """The masked positions of the windows at offsets (n,) -> True there, (n, block_size), for each window a pure function
-    of (seed, key, offset); None where the objective is the next token."""
-    if settings.objective == "next":
-        return None
-    # The same number in each window, so that micro-batches weigh the same.
-    count = max(1, round(settings.mask_share * data.block_size))
-    raw = [np.random.Philox(key=derive_seed(seed, *key, o)).random_raw(data.block_size) for o in offsets.tolist()]
-    return raw <= np.sort(raw)[:, count - 1 : count]  # where the smallest random numbers are
-
-
-def get_batch(data, split, offsets, end, device, holes=None):
-    """Windows at offsets (n,) -> inputs and targets, (n, block_size) each; a target at or past end is -1.
-
-    With holes (n, block_size) the targets are the tokens there, in whose place the inputs have the mask token, the first
-    id beyond the data's. Unlike BERT's, none is kept or changed at random: that is not needed (arXiv:2202.08005).
-    """
+def get_windows(data, split, offsets, end):
+    """The tokens at offsets (n,) -> (n, block_size + 1) int64, with -1 at or past end."""
     tokens = data.tokens(split)
     windows = np.full((len(offsets), data.block_size + 1), -1, np.int64)
     for window, offset in zip(windows, offsets):
         part = tokens[offset : min(offset + data.block_size + 1, end)]
         window[: len(part)] = part
-    if (largest := windows.max()) >= data.vocab_size:
-        found = f"{data.folder / split}.bin holds the token id {largest}, but its vocabulary has {data.vocab_size:,}"
-        raise UserError(f"{found}; prepare it anew")
+    if windows.max() >= data.vocab_size:
+        problem = f"{data.folder / split}.bin holds the token id {windows.max()}"
+        raise UserError(f"{problem}, but its vocabulary has {data.vocab_size:,}; prepare it again")
+    return windows
+
+
+def mask_tokens(x, mask_id, settings, offsets, key):
+    """For an encoder: tokens x (n, block_size) -> inputs and targets of the same shape.
+
+    The targets are the masked tokens, and -1 elsewhere; the inputs have mask_id in their place.
+    Which ones are masked is a pure function of (key, offset). Unlike in BERT none is kept or
+    replaced at random, which is not needed (arXiv:2202.08005).
+    """
+    n, block_size = x.shape
+    raw = np.empty((n, block_size), np.uint64)
+    for row, offset in zip(raw, offsets.tolist()):
+        row[:] = np.random.Philox(key=derive_seed(*key, offset)).random_raw(block_size)
+    # The same number in each sequence, so that all micro-batches weigh the same.
+    count = max(1, round(settings.mask_share * block_size))
+    masked = raw <= np.sort(raw)[:, count - 1 : count]
+    return np.where(masked, mask_id, x), np.where(masked, x, -1)
+
+
+def get_batch(data, split, offsets, end, settings, *key):
+    """The sequences at offsets (n,) -> inputs x and targets y, (n, block_size) each, on the device.
+
+    The loss leaves out a target of -1, which stands at or past end. key: see mask_tokens.
+    """
+    windows = get_windows(data, split, offsets, end)
     x, y = windows[:, :-1], windows[:, 1:]
-    if holes is not None:
-        x, y = np.where(holes, data.vocab_size, x), np.where(holes, x, -1)
-    batch = torch.from_numpy(np.stack([x.clip(min=0), y]))  # past the end the model needs some token, too
-    if device.startswith("cuda"):  # from pinned memory the copy overlaps with computation
-        batch = batch.pin_memory().to(device, non_blocking=True)
-    return batch.to(device).unbind()
+    if settings.objective == "masked":
+        x, y = mask_tokens(x, data.vocab_size, settings, offsets, key)
+    x = x.clip(min=0)  # padding needs a valid id; its target is -1
+    batch = torch.from_numpy(np.stack([x, y]))
+    if settings.device.startswith("cuda"):  # a copy from pinned memory overlaps with computation
+        batch = batch.pin_memory().to(settings.device, non_blocking=True)
+    return batch.to(settings.device).unbind()
 
 
 def get_micro_batches(data, settings, step):
-    """This process's part of the batch of a step, one micro-batch (inputs, targets) at a time."""
-    # The whole step's batch is drawn first and cut afterwards: neither the size of a micro-batch nor
-    # the number of processes can change the data.
-    offsets = get_offsets(data, settings.seed, step, settings.gradient_accumulation_steps * settings.batch_size)
-    for micro_batch in offsets.reshape(-1, settings.batch_size)[rank() :: world_size()]:
-        holes = get_holes(data, settings, micro_batch, settings.seed, "holes", step)
-        yield get_batch(data, "train", micro_batch, data.n_tokens("train"), settings.device, holes)
+    """This process's part of the batch of a step, one micro-batch (x, y) at a time."""
+    # First draw the whole step, then divide it: so neither the size of a micro-batch nor the number
+    # of processes changes the data.
+    n = settings.gradient_accumulation_steps * settings.batch_size
+    offsets = get_offsets(data, settings.seed, step, n)
+    for part in offsets.reshape(-1, settings.batch_size)[rank() :: world_size()]:
+        end = data.n_tokens("train")
+        yield get_batch(data, "train", part, end, settings, settings.seed, "holes", step)
 
 
-class Objective(torch.nn.Module):
-    """What is minimised: the mean cross-entropy of the targets that `get_batch` gives. It returns the loss alone: with
-    logits as a second output, the compiled step would write and read a gradient of zeros for them."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x, y):
-        return self.model(x, y)[1]
-
-
-# ---------------------------------------------------------------------------------------------------
-# Evaluation.
+# --------------------------------------------------------------------------------------------------
+# Evaluation and one step.
 
 
 @torch.no_grad()
-def evaluate(objective, data, settings):
-    """Mean loss in nats per token over the tokens of val.bin (the first eval_tokens), perplexity, and bits per byte of text.
+def evaluate(model, data, settings):
+    """{"val_loss", "perplexity", "bits_per_byte"} over the tokens of val.bin (or eval_tokens).
 
-    The windows tile the file, so that every token but the first is predicted once, whatever the batch size and the
-    number of processes. For an encoder: the loss at masked positions, the same in every run, without bits per byte.
+    val_loss is the mean in nats per token. The windows tile the file, so each token but the first
+    is predicted once, whatever the batch size and the number of processes. For an encoder it is
+    the mean over masked tokens, the same ones in every run, and there are no bits per byte.
     """
-    batch_size, val = settings.batch_size, data.meta["val"]
+    val = data.meta["val"]
     n = min(val["tokens"] - 1, settings.eval_tokens or math.inf)  # tokens to predict
-    if settings.objective == "masked":  # only whole windows, since an encoder would see what fills up the last one
+    if settings.objective == "masked":  # an encoder would see the padding of a last, shorter window
         n = max(data.block_size, n - n % data.block_size)
     offsets = np.arange(0, n, data.block_size)
-    offsets = np.pad(offsets, (0, -len(offsets) % batch_size), constant_values=n + 1)  # fill up with empty windows
-    total, targets = 0.0, 0
-    objective.eval()
-    for batch in offsets.reshape(-1, batch_size)[rank() :: world_size()]:
-        holes = get_holes(data, settings, batch, seed="validation")  # whatever the run's seed is
-        x, y = get_batch(data, "val", batch, n + 1, settings.device, holes)
-        count = (y >= 0).sum().item()
+    padding = -len(offsets) % settings.batch_size
+    offsets = np.pad(offsets, (0, padding), constant_values=n + 1)  # windows without any target
+    total, count = 0.0, 0
+    model.eval()
+    for part in offsets.reshape(-1, settings.batch_size)[rank() :: world_size()]:
+        # The key is fixed, so that every run masks the same tokens.
+        x, y = get_batch(data, "val", part, n + 1, settings, "validation")
+        n_targets = (y >= 0).sum().item()
         with autocast(settings):
-            total += objective(x, y).item() * count
-        targets += count
-    objective.train()
-    loss = sum_over_ranks(total, settings.device) / sum_over_ranks(targets, settings.device)
-    found = {"val_loss": loss, "perplexity": math.exp(min(loss, 700))}
-    if settings.objective == "next":  # masked tokens alone do not add up to a text
-        found["bits_per_byte"] = loss / math.log(2) * val["tokens"] / val["text_bytes"]
-    return found
-
-
-# ---------------------------------------------------------------------------------------------------
-# One step.
+            total += model(x, y).item() * n_targets
+        count += n_targets
+    model.train()
+    loss = sum_over_ranks(total, settings.device) / sum_over_ranks(count, settings.device)
+    result = {"val_loss": loss, "perplexity": math.exp(min(loss, 700))}
+    if settings.objective == "next":
+        result["bits_per_byte"] = loss / math.log(2) * val["tokens"] / val["text_bytes"]
+    return result
 
 
 def get_lr(settings, step):
-    """The rate of a step (0 is the first): linear warm-up, then cosine or linear decay, then min_lr."""
+    """The learning rate of a step: linear warm-up, cosine or linear decay, then min_lr."""
     if step < settings.warmup_iters:
         return settings.learning_rate * (step + 1) / (settings.warmup_iters + 1)
     if step >= settings.lr_decay_iters:
         return settings.min_lr
-    done = (step - settings.warmup_iters) / (settings.lr_decay_iters - settings.warmup_iters)  # 0 to 1
-    coeff = 1 - done if settings.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return settings.min_lr + coeff * (settings.learning_rate - settings.min_lr)
+    done = (step - settings.warmup_iters) / (settings.lr_decay_iters - settings.warmup_iters)
+    share = 1 - done if settings.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return settings.min_lr + share * (settings.learning_rate - settings.min_lr)
 
 
 def make_optimizer(model, settings):
-    """AdamW; weight decay on matrices and embeddings, none on gains and biases."""
+    """AdamW, with weight decay on matrices and embeddings, but not on gains and biases."""
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
@@ -194,44 +192,93 @@ def make_optimizer(model, settings):
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)
 
 
-def train_step(objective, optimizer, scaler, data, settings, step):
-    """One update -> this process's mean loss and the gradient norm before clipping, both left on the device."""
+def train_step(model, optimizer, scaler, data, settings, step):
+    """One update -> the mean loss of this process and the gradient norm before clipping.
+
+    Both are tensors on the device, so nothing here waits for it.
+    """
     for group in optimizer.param_groups:
         group["lr"] = get_lr(settings, step)
     torch.manual_seed(derive_seed(settings.seed, "dropout", step, rank()))
-    n_micro_batches = settings.gradient_accumulation_steps // world_size()  # of this process
+    n_micro_batches = settings.gradient_accumulation_steps // world_size()
     mean_loss = torch.zeros((), device=settings.device)
     for number, (x, y) in enumerate(get_micro_batches(data, settings, step), 1):
-        if dist.is_initialized():  # processes exchange gradients once a step, after the last micro-batch
-            objective.require_backward_grad_sync = number == n_micro_batches
+        if dist.is_initialized():  # exchange gradients once a step, after the last micro-batch
+            model.require_backward_grad_sync = number == n_micro_batches
         with autocast(settings):
-            loss = objective(x, y) / n_micro_batches
+            loss = model(x, y) / n_micro_batches
         scaler.scale(loss).backward()
         mean_loss += loss.detach()
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), settings.grad_clip or math.inf)
+    max_norm = settings.grad_clip or math.inf
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return mean_loss, norm
 
 
-# ---------------------------------------------------------------------------------------------------
-# The run. All processes do the same on their share of each batch; the first one writes and prints.
+# --------------------------------------------------------------------------------------------------
+# The run. All processes do the same with their share of each batch; rank 0 prints and writes.
 
 
 def fit_to_data(config, settings, data):
-    """Give the model what the objective and the data ask for; masking takes a token that the data does not have."""
+    """Complete the model's configuration by what the objective and the data need."""
     config.causal = settings.objective == "next"
-    needed = data.vocab_size + (not config.causal)
-    config.vocab_size = config.vocab_size or needed  # None unless the command or the config file gives it
+    needed = data.vocab_size if config.causal else data.vocab_size + 1  # with the mask token
+    config.vocab_size = config.vocab_size or needed
     if config.vocab_size < needed:
-        what = f"the {needed} of {settings.dataset}" + ("" if config.causal else " and the mask token")
-        raise UserError(f"vocab_size={config.vocab_size} is smaller than {what}", status=2)
+        problem = f"vocab_size={config.vocab_size} is smaller than the {needed}"
+        raise UserError(f"{problem} that {settings.dataset} needs", status=2)
 
 
-def train(settings, config, command):
-    """From data and model to the last checkpoint -> exit status. command: what to type to begin this run."""
+def save(run, model, optimizer, scaler, data, state, is_best=False):
+    """Write ckpt.pt, from which --resume continues, and best.pt, which sample.py reads."""
+    checkpoint = {
+        "model": model.state_dict(),
+        "config": asdict(model.config),
+        "tokenizer": data.tokenizer,
+        "state": state,
+    }
+    if is_best:  # first: if we are killed between the two, best.pt is newer than ckpt.pt, not older
+        run.save("best.pt", checkpoint)
+    training = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    run.save("ckpt.pt", {**checkpoint, **training})
+
+
+def restore(checkpoint, model, optimizer, scaler, state):
+    """Load what `save` wrote. An imported model has no optimizer, which then starts fresh."""
+    model.load_state_dict(checkpoint["model"])
+    if "optimizer" in checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    if scaler.is_enabled() and checkpoint.get("scaler"):  # float16 before, and now
+        scaler.load_state_dict(checkpoint["scaler"])
+    state.update({key: checkpoint["state"][key] for key in state})
+
+
+def check_finite(value, run, step, settings):
+    """UserError where a loss or the weights are not finite; the last checkpoint stays."""
+    if not math.isfinite(value):
+        run.log(step, diverged=True)
+        now = f"learning_rate (now {settings.learning_rate:g})"
+        hint = f"a lower {now} or a longer warm-up (now {settings.warmup_iters}) may help"
+        raise UserError(f"the loss is not finite at step {step}; {hint}")
+
+
+def format_values(values):
+    return " ".join(f"{name} {value:.4f}" for name, value in values.items())
+
+
+def print_header(run, settings, model, data):
+    """Print what is about to be trained."""
+    mode, n = model.config.query_mode, model.parameter_report()
+    print0(f"data    {settings.dataset}: {data.n_tokens('train'):,} training tokens")
+    print0(f"model   {mode} query, {n['total']:,} parameters, {n['query_path']:,} of the query")
+    print0(f"run     {run.path}, {settings.max_iters:,} steps, {settings.device}, {settings.dtype}")
+
+
+def train(settings, config):
+    """Train from step 0, or with --resume from ckpt.pt, to max_iters -> exit status."""
     if rank() == 0:
         prepare_if_small(settings.dataset)
     barrier()
@@ -239,109 +286,91 @@ def train(settings, config, command):
     fit_to_data(config, settings, data)
     model = GPT(config, seed=settings.seed).to(settings.device)
     optimizer = make_optimizer(model, settings)
-    scaler = torch.amp.GradScaler(settings.device.split(":")[0], enabled=settings.dtype == "float16")
+    kind = settings.device.split(":")[0]
+    scaler = torch.amp.GradScaler(kind, enabled=settings.dtype == "float16")
     tokens_per_step = settings.batch_size * settings.gradient_accumulation_steps * config.block_size
+    # The progress of the run. It holds no random state, since all seeds follow from the step.
+    state = {"step": 0, "val": None, "best_val_loss": math.inf, "seconds": 0.0}
 
-    started = time.perf_counter()
-    state = new_state()  # the step, the last and the best validation loss, and what the speed is measured from
     run = RunFolder(settings.out_dir, writes=rank() == 0 and not settings.eval_only)
-
-    def seconds():  # since the run began, earlier sessions included
-        return state["seconds"] + time.perf_counter() - started
-
-    def log(**values):
-        run.log({"step": state["step"], **values, "seconds": round(seconds(), 3)})
-
-    def save(name):  # ckpt.pt is what --resume reads: no random state, seeds follow from the step; best.pt is smaller
-        checkpoint = {"model": model.state_dict(), "config": asdict(config), "tokenizer": data.tokenizer}
-        checkpoint["state"] = {**state, "seconds": seconds()}
-        if name == "ckpt.pt":
-            checkpoint |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        run.save(name, checkpoint)
-
-    with run.lock(), StopSignal() as stop:
-        run.restore(run.begin(describe(settings, model, data, command), settings), model, optimizer, scaler, state)
-        run.introduce(settings, model, data, tokens_per_step, state["step"])
-        objective = Objective(model)
+    with run.open(describe(settings, model, data), settings) as checkpoint, stop_signals() as stop:
+        print_header(run, settings, model, data)
+        if checkpoint:
+            restore(checkpoint, model, optimizer, scaler, state)
+            print0(f"resumed at step {state['step']}")
         if settings.compile:
-            objective.compile()  # in place, so that the names of the weights stay as they are
-        devices = None if settings.device == "cpu" else [settings.device]
-        replica = DistributedDataParallel(objective, device_ids=devices) if dist.is_initialized() else objective
-        first_step = state["step"]  # of this session
-        health = torch.zeros((), device=settings.device)  # the sum of losses and norms: finite as long as each was
+            model.compile()  # in place, so that the weights keep their names
+        network = model
+        if dist.is_initialized():
+            device_ids = None if settings.device == "cpu" else [settings.device]
+            network = DistributedDataParallel(model, device_ids=device_ids)
+        if settings.eval_only:
+            print0(f"step {state['step']} {format_values(evaluate(network, data, settings))}")
+            return 0
 
+        step = state["step"]
+        started = time.perf_counter() - state["seconds"]
+        lap = None  # the step and the time from which the speed is measured
         while True:
-            # Evaluate, and keep the best model and the last one.
-            step = state["step"]
-            due = step % settings.eval_interval == 0 or step >= settings.max_iters
-            known = state["val"] is not None and state["val"]["step"] == step
-            if settings.eval_only or (due and not known):
-                began = time.perf_counter()
-                val = evaluate(objective, data, settings)
-                check_finite(health + val["val_loss"], run, step, settings)  # so that no bad weights are saved
-                best = val["val_loss"] < state["best_val_loss"]
-                state["best_val_loss"] = min(val["val_loss"], state["best_val_loss"])
+            # Evaluate and save. A checkpoint that was saved here has the result already.
+            is_last = step >= settings.max_iters
+            is_evaluated = state["val"] is not None and state["val"]["step"] == step
+            if (is_last or step % settings.eval_interval == 0) and not is_evaluated:
+                val = evaluate(network, data, settings)
+                check_finite(val["val_loss"], run, step, settings)  # before bad weights are saved
+                is_best = val["val_loss"] < state["best_val_loss"]
                 state["val"] = {"step": step, **val}
-                log(**val)
-                print0(f"step {step}/{settings.max_iters} {run.words(val)} in {time.perf_counter() - began:.1f} s")
-                if best and step > 0:
-                    save("best.pt")
+                state["best_val_loss"] = min(val["val_loss"], state["best_val_loss"])
+                state["step"], state["seconds"] = step, time.perf_counter() - started
+                run.log(step, **val, seconds=state["seconds"])
+                print0(f"step {step}/{settings.max_iters} {format_values(val)}")
                 if step > 0:
-                    save("ckpt.pt")  # after best.pt, so that a kill in between leaves no best.pt that is older
-            if settings.eval_only:
-                return 0
-            if step >= settings.max_iters:
+                    save(run, model, optimizer, scaler, data, state, is_best)
+                lap = lap and (step, time.perf_counter())
+            if is_last:
                 break
-            if due or step <= first_step + 1:
-                timer_step, timer = step, time.perf_counter()
 
             # One step.
-            loss, norm = train_step(replica, optimizer, scaler, data, settings, step)
-            health += loss if scaler.is_enabled() else loss + norm  # float16 skips steps whose norm overflows
-            state["step"] = step = step + 1
+            loss, norm = train_step(network, optimizer, scaler, data, settings, step)
+            step += 1
 
-            # Log. Between evaluations only this waits for the GPU.
+            # Log. Between evaluations, only this waits for the GPU.
             if step % settings.log_interval == 0 or step == 1:
-                check_finite(health, run, step, settings)
-                check_loss_scale(scaler)
-                loss, norm = sum_over_ranks(loss, settings.device) / world_size(), norm.item()
-                check_gradient(norm, step)
-                elapsed, steps = time.perf_counter() - timer, step - timer_step
-                speed, words = {"tokens_per_second": None, "mfu": None}, f"first step {elapsed:.1f} s"
-                if step > first_step + 1:
-                    state["timed_steps"] += steps
-                    state["timed_seconds"] += elapsed
-                    speed, words = measure_speed(model, settings, elapsed / steps, tokens_per_step, step)
+                loss = sum_over_ranks(loss, settings.device) / world_size()
+                check_finite(loss, run, step, settings)
                 lr = get_lr(settings, step - 1)
-                print0(f"step {step}/{settings.max_iters} loss {loss:.4f} lr {lr:.1e} norm {norm:.2f} {words}")
-                watched = {}
-                if settings.watch:
-                    x, _ = next(get_micro_batches(data, settings, step))
-                    watched["largest_logit"] = largest_attention_logit(model, x[:1], settings)
-                log(train_loss=loss, learning_rate=lr, grad_norm=norm, **speed, **watched)
-                timer_step, timer = step, time.perf_counter()
+                line = f"step {step}/{settings.max_iters} loss {loss:.4f} lr {lr:.1e}"
+                line += f" norm {norm:.2f}"
+                speed = None
+                if lap:  # the first step, which may compile the model, is left out
+                    speed = (step - lap[0]) * tokens_per_step / (time.perf_counter() - lap[1])
+                    eta = round((settings.max_iters - step) * tokens_per_step / speed)
+                    line += f" {speed / 1000:.1f}k tok/s eta {timedelta(seconds=eta)}"
+                lap = step, time.perf_counter()
+                print0(line)
+                seconds = time.perf_counter() - started
+                values = {"train_loss": loss, "learning_rate": lr, "grad_norm": norm.item()}
+                run.log(step, **values, tokens_per_second=speed, seconds=seconds)
 
-            # A signal to any process stops all of them. Asking for it does not wait for the GPU.
-            if sum_over_ranks(stop.number, "cpu"):
-                check_finite(health, run, step, settings)
-                save("ckpt.pt")
-                barrier()  # no process ends, and takes the others along, before the checkpoint is in place
-                return run.stop(settings, command, step, stop.number)
+            # Stop at a signal to any of the processes.
+            if sum_over_ranks(len(stop), "cpu"):
+                check_finite(sum(p.sum() for p in model.parameters()), run, step, settings)
+                state["step"], state["seconds"] = step, time.perf_counter() - started
+                save(run, model, optimizer, scaler, data, state)
+                barrier()  # wait until rank 0 has saved; an exiting process would kill the others
+                print0(f"stopped after step {step} and saved; --resume continues")
+                return 128 + (stop or [signal.SIGTERM])[0]
 
-        run.finish(settings, state, tokens_per_step, seconds())
+        print0(f"done in {timedelta(seconds=round(state['seconds']))}")
+        print0(f"sample from it: python sample.py {run.path}")
     return 0
 
 
-def main(argv=None, program=("train.py",)):
-    argv = sys.argv[1:] if argv is None else argv
-    if "-h" in argv or "--help" in argv:
-        print(__doc__, "settings, as they are where no file or flag gives them:", list_settings(Settings), sep="\n")
-        print("\nsettings of the model:", list_settings(GPTConfig), sep="\n")
-        return 0
-    settings, config = read_command(argv, Settings, GPTConfig)
+def main(argv=None):
+    settings, config = read_command(sys.argv[1:] if argv is None else argv, Settings, GPTConfig)
     settings = resolve(settings)  # what is still None ("auto") gets its value
     with processes(settings):
-        return train(settings, config, launch_command(*program, *argv))
+        return train(settings, config)
 
 
 if __name__ == "__main__":

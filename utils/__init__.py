@@ -1,1 +1,1 @@
-# What the programs share, and no reader of the tutorial needs: settings, devices, runs on the disk, tokenizers, OpenWebText.
+# What the programs share; a reader of the tutorial can skip this folder.

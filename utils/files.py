@@ -8,25 +8,32 @@ from utils.settings import UserError
 
 @contextlib.contextmanager
 def new_file(path):
-    """A binary file that appears under its name when all of it is written; on an error what was there stays."""
+    """A binary file that gets its name when all of it is written.
+
+    UserError where the disk fails. After any error, what had the name before is still there.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as f:
             yield f
             f.flush()
-            os.fsync(f.fileno())  # else a power cut may leave neither what was there nor this
+            os.fsync(f.fileno())  # after a power cut, either the old file is there or this one
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as e:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        cause = e if isinstance(e, OSError) else e.__context__  # torch.save hides a full disk
+        if isinstance(cause, OSError):
+            reason = f"{cause.strerror}; what was there before is kept"
+            raise UserError(f"{path} could not be written ({reason})") from None
         raise
 
 
 @contextlib.contextmanager
 def locked(folder):
-    """Make a folder that is removed where it is left empty; refuse one where another process is at work.
+    """Make a folder, and lock it; UserError where another process has locked it.
 
-    The system drops the lock when a process dies. Without such locks (Windows) nothing is refused.
+    The system drops the lock when a process dies. Windows has no such locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as f:
@@ -34,15 +41,9 @@ def locked(folder):
             import fcntl
 
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(f.fileno()).st_nlink == 0:  # deleted by its owner after it was opened here
-                raise BlockingIOError
         except BlockingIOError:
-            raise UserError(f"another process is at work in {folder}; wait for it, or use another folder") from None
+            hint = "wait for it, or use another folder"
+            raise UserError(f"another process is at work in {folder}; {hint}") from None
         except (ImportError, OSError):
             pass
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # Windows does not delete what is open
-                os.unlink(f.name)
-                os.removedirs(folder)  # it and what it is in, as far as they are empty
+        yield

@@ -1,25 +1,34 @@
-"""Settings from a config file and --key=value flags, and a user's mistakes in one line instead of a traceback.
+"""Settings from a config file and flags, and a user's mistakes in one line instead of a traceback.
 
-Settings are fields of dataclasses: int, float, bool, str, or one of them | None, where None is written "auto".
-The comment behind a field is its help.
+Settings are the fields of dataclasses: int, float, bool, str, or one of them or None, which is
+written "auto". The comment behind a field is its help.
 """
 
 import argparse
 import contextlib
-import difflib
+import dataclasses
 import inspect
 import math
 import os
 import re
 import runpy
 import sys
+import traceback
 import types
 import typing
 from pathlib import Path
 
+QUICKSTART = Path(__file__).parent.parent / "config" / "quickstart.py"
+CHOICES = {
+    "objective": ("next", "masked"),
+    "lr_schedule": ("cosine", "linear"),
+    "dtype": ("float32", "bfloat16", "float16"),
+    "query_activation": ("gelu", "none"),
+}
+
 
 class UserError(Exception):
-    """Something that the user can mend, told in one line. Exit status 2: the command is wrong; 1: it failed."""
+    """A mistake that the user can mend, in one line. Status 2: a wrong command; 1: a failure."""
 
     def __init__(self, message, status=1):
         super().__init__(message)
@@ -27,177 +36,122 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors."""
+    """An ArgumentParser whose errors are UserErrors. It takes no abbreviated flags."""
+
+    def __init__(self, **options):
+        as_written = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=as_written, **options)
 
     def error(self, message):
-        raise UserError(f"{message} (--help tells more)", status=2)
+        raise UserError(f"{message} (see --help)", status=2)
 
 
-def run_program(main):
-    """Call main() and exit with what it returns; a mistake of the user or a failing disk becomes one line."""
-    with contextlib.suppress(AttributeError):  # of what a notebook has in its place
-        sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
-    try:
-        leave(main())
-    except KeyboardInterrupt:
-        leave(130)
-    except BrokenPipeError:  # the reader of a pipe, head or less, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        leave(141)
-    except Exception as e:
-        if out_of_memory(e) and not isinstance(e, UserError):  # which says more
-            e = UserError("out of memory: do less at a time (--num_samples, --batch_size), or a smaller model")
-        if isinstance(e, ModuleNotFoundError):
-            e = UserError(f"{e}; pip install {(e.name or 'it').partition('.')[0]}")
-        if not isinstance(e, (UserError, OSError)):
-            raise
-        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr, flush=True)
-        leave(getattr(e, "status", 1))
+def parse_bool(text):
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
 
 
-def leave(status):
-    """Exit; at once as one of several processes, which may have failed alone.
-
-    To leave in order would wait for the others. And torch's threads for collectives outlive the process group (seen with
-    2.14, Gloo and DistributedDataParallel): one that frees a tensor while Python shuts down aborts the process.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
-        os._exit(status or 0)
-    sys.exit(status)
-
-
-def out_of_memory(e):
-    """Whether an exception says so; torch's words differ with device and version."""
-    return isinstance(e, MemoryError) or any(words in str(e) for words in ("out of memory", "allocate memory"))
-
-
-def clock(seconds):
-    """125 -> 2:05, 3725 -> 1h02m"""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}:{seconds:02}"
-
-
-def short(number):
-    """Three digits: 61.4, 23.3k, 1.25M, 18.1G"""
-    for power, unit in ((9, "G"), (6, "M"), (3, "k")):
-        if number >= 0.9995 * 10**power:
-            return f"{number / 10**power:.3g}{unit}"
-    return f"{number:.3g}"
-
-
-def checked(kind, holds, problem):
-    """A type for argparse: int, float or str, refused with the problem where it does not hold for a value."""
+def setting_type(kinds):
+    """A type for argparse: the text of a flag -> a bool, int, float or str, or None for auto."""
+    parse = parse_bool if bool in kinds else kinds[0]
 
     def value(text):
-        if not holds(kind(text)):
-            raise argparse.ArgumentTypeError(f"{text!r} {problem}")
-        return kind(text)
+        return None if text == "auto" and types.NoneType in kinds else parse(text)
 
-    value.__name__ = kind.__name__  # as argparse tells it
+    value.__name__ = kinds[0].__name__  # argparse prints it
     return value
 
 
-def setting_types(*classes):
-    """{name: (type,), or (type, NoneType)} of the settings of some dataclasses."""
-    hints = {name: kind for cls in classes for name, kind in typing.get_type_hints(cls).items()}
-    hints.pop("causal", None)  # follows the objective
-    return {name: typing.get_args(kind) or (kind,) for name, kind in hints.items()}
+def add_settings(parser, cls):
+    """Add a flag for each field of a dataclass but causal, which follows the objective."""
+    group = parser.add_argument_group(cls.__name__)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M))
+    for field in dataclasses.fields(cls):
+        if field.name == "causal":
+            continue
+        kinds = typing.get_args(field.type) or (field.type,)
+        options = {"type": setting_type(kinds), "metavar": kinds[0].__name__}
+        if bool in kinds:  # a bare --resume means --resume=true
+            options |= {"nargs": "?", "const": True}
+        options["default"] = "auto" if field.default is None else field.default
+        comment = comments.get(field.name, "").replace("%", "%%")
+        group.add_argument(f"--{field.name}", help=f"{comment} (%(default)s)", **options)
 
 
-def read_command(argv, settings_class, config_class):
-    """Command line -> (settings, model configuration); flags win over the config file, and what is auto stays None."""
-    kinds = setting_types(settings_class, config_class)
-    files, flags = split_command(argv, kinds)
-    if len(files) > 1:
-        raise UserError(f"one config file at most, not {' '.join(files)}; a setting is written --key=value", status=2)
-    path = Path(files[0]) if files else Path(__file__).parent.parent / "config/quickstart.py"
-    given = {key: convert(key, value, kinds, path) for key, value in read_config(path).items()}
-    given |= {key: convert(key, value, kinds, "command line") for key, value in flags.items()}
-    given["out_dir"] = given.get("out_dir") or str(Path("out") / path.stem)
-    model_args = {key: given.pop(key) for key in setting_types(config_class) if key in given}
-    settings = settings_class(**given)
-    check_ranges(settings)
+def build(cls, options):
+    """A dataclass from what argparse has parsed. UserError where its values contradict."""
+    names = [field.name for field in dataclasses.fields(cls) if hasattr(options, field.name)]
     try:
-        return settings, config_class(**{"vocab_size": None, **model_args})  # None: the data set's
+        return cls(**{name: getattr(options, name) for name in names})
     except ValueError as e:
         raise UserError(str(e), status=2) from None
 
 
-def check_ranges(settings):
-    """Refuse values of the training settings that make no sense."""
-    counts = "batch_size gradient_accumulation_steps max_iters lr_decay_iters eval_interval eval_tokens log_interval"
-    ranges = {
-        "at least 1": (lambda v: v >= 1, counts),
-        "above 0": (lambda v: 0 < v < math.inf, "learning_rate peak_tflops"),
-        "0 or above": (lambda v: 0 <= v < math.inf, "seed min_lr warmup_iters weight_decay grad_clip"),
-        "in [0, 1)": (lambda v: 0 <= v < 1, "beta1 beta2"),
-        "above 0 and below 1": (lambda v: 0 < v < 1, "mask_share"),
-        "next or masked": (lambda v: v in ("next", "masked"), "objective"),
-        "cosine or linear": (lambda v: v in ("cosine", "linear"), "lr_schedule"),
-        "float32, bfloat16 or float16": (lambda v: v in ("float32", "bfloat16", "float16"), "dtype"),
-    }
-    for meaning, (holds, names) in ranges.items():
-        for name in names.split():
-            value = getattr(settings, name)
-            if value is not None and not holds(value):
-                raise UserError(f"{name}={value} must be {meaning}", status=2)
-    rate, min_lr = settings.learning_rate, settings.min_lr
-    if min_lr is not None and min_lr > rate:
-        raise UserError(f"min_lr={min_lr:g} is above learning_rate={rate:g}; lower it too", status=2)
+def read_command(argv, settings_class, config_class):
+    """Command line -> (settings, model configuration). Flags override the config file.
 
-
-def split_command(argv, kinds):
-    """Command line -> (words that are no flags, {key: text of the flag, or True of a bare switch})."""
-    words, flags = [], {}
-    for argument in argv:
-        key, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--"):
-            words.append(argument)
-        elif equals or bool in kinds.get(key, (bool,)):
-            flags[key] = value if equals else True
-        else:
-            raise UserError(f"--{key} needs a value: --{key}=VALUE", status=2)
-    return words, flags
+    What is auto stays None, and so does vocab_size where it is not given.
+    """
+    usage = "%(prog)s [config/FILE.py] [--key=value ...]"
+    parser = Parser(usage=usage, description=inspect.getmodule(settings_class).__doc__)
+    parser.add_argument("config", nargs="?", type=Path, default=QUICKSTART, help=argparse.SUPPRESS)
+    add_settings(parser, settings_class)
+    add_settings(parser, config_class)
+    parser.set_defaults(vocab_size="auto")
+    path = parser.parse_args(argv).config
+    options = parser.parse_args([*read_config(path), *argv])
+    options.out_dir = options.out_dir or str(Path("out") / path.stem)
+    check_ranges(options)
+    return build(settings_class, options), build(config_class, options)
 
 
 def read_config(path):
-    """The assignments of a config file: Python, the user's own, which may start from another such file."""
+    """The assignments of a config file, Python of the user's own, as flags."""
     if not path.exists():
-        raise UserError(f"there is no config file {path}; a setting is written --key=value", status=2)
+        raise UserError(f"there is no config file {path}", status=2)
+    values = runpy.run_path(str(path))
+    code = [name for name, v in values.items() if callable(v) or isinstance(v, types.ModuleType)]
+    names = [name for name in values if name not in code and not name.startswith("_")]
+    return [f"--{name}={'auto' if values[name] is None else values[name]}" for name in names]
+
+
+def check_ranges(options):
+    """Refuse values that make no sense. options has settings as attributes."""
+    for name, value in vars(options).items():
+        least = 1 if type(value) is int and name not in ("seed", "warmup_iters") else 0
+        if isinstance(value, (int, float)) and not least <= value < math.inf:
+            raise UserError(f"{name}={value} must be {least} or above", status=2)
+        if value is not None and value not in CHOICES.get(name, [value]):
+            raise UserError(f"{name}={value} must be {' or '.join(CHOICES[name])}", status=2)
+    if options.min_lr is not None and options.min_lr > options.learning_rate:
+        problem = f"min_lr={options.min_lr:g} is above learning_rate={options.learning_rate:g}"
+        raise UserError(f"{problem}; lower it, too", status=2)
+
+
+def run_program(main):
+    """Call main() and exit with the status that it returns. A mistake of the user is one line."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    with contextlib.suppress(AttributeError):  # a notebook's stdout lacks reconfigure
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
     try:
-        values = runpy.run_path(str(path))
-    except (Exception, SystemExit) as e:
-        raise UserError(f"{path}: {type(e).__name__}: {' '.join(str(e).split())}", status=2) from None
-    code = {name for name, value in values.items() if callable(value) or isinstance(value, types.ModuleType)}
-    return {name: value for name, value in values.items() if name not in code and not name.startswith("_")}
-
-
-def convert(key, value, kinds, where):
-    """A flag's text or a file's value -> a value of the setting's type."""
-    if key not in kinds:
-        near = difflib.get_close_matches(key, kinds, n=1, cutoff=0)[0]
-        raise UserError(f"{where}: unknown setting {key!r}; the nearest is {near!r} (--help lists all)", status=2)
-    kind, text = kinds[key][0], str(value).lower()
-    if kinds[key] != (kind,) and (value is None or text == "auto"):
-        return None
-    if kind is str and isinstance(value, str) and value:
-        return value
-    if kind is bool and text in ("true", "false", "1", "0"):
-        return text in ("true", "1")
-    if kind in (int, float):
-        with contextlib.suppress(ValueError, OverflowError):
-            number = float(text)
-            if kind is float:
-                return number
-            if number.is_integer() and abs(number) < 2**53:  # 1e6 will do, as people write it
-                return int(number)
-    expected = {int: "an integer below 2**53", float: "a number", bool: "true or false", str: "a text"}[kind]
-    raise UserError(f"{where}: {key}={value!r} is not {expected}", status=2)
-
-
-def list_settings(*classes):
-    """The settings of dataclasses with their defaults and comments, as --help shows them."""
-    kinds, source = setting_types(*classes), "".join(map(inspect.getsource, classes))
-    found = re.findall(r"^    (\w+): [^=\n]+ = (.+?)  # (.+)$", source.replace("None", "auto"), re.M)
-    return "\n".join(f"  --{key}={default}\n        {meaning}" for key, default, meaning in found if key in kinds)
+        status = main() or 0
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:  # the output is piped to head or less
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    except (UserError, OSError) as e:
+        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr, flush=True)
+        status = getattr(e, "status", 1)
+    except Exception:
+        if alone:
+            raise
+        traceback.print_exc()
+        status = 1
+    if alone:
+        sys.exit(status)
+    # One of several processes may have failed alone. An orderly exit would wait for the others,
+    # and with torch 2.14 (Gloo, DistributedDataParallel) it can abort in a thread of torch's.
+    sys.stdout.flush()
+    os._exit(status)
