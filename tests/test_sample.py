@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import sample
 from conftest import printed, run, train_on
+
+import sample
 from model import GPT, GPTConfig
 from utils.checkpoint import RunFolder
-from utils.generation import Int8Linear, for_generation
+from utils.generation import INT8_FROM, Int8Linear, best_format, for_generation, generate
 from utils.settings import UserError
 from utils.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer
 
@@ -20,20 +21,28 @@ def test_it_prints_what_the_model_generates(whole_run, capsys):
     tokenizer = load_tokenizer(spec)
     prompt = torch.tensor([tokenizer.encode(b"7 plus ").tolist()])
     generator = torch.Generator().manual_seed(5)
-    rows = model.generate(prompt.expand(2, -1), 40, temperature=0.7, top_k=8, generator=generator).tolist()
+    sampling = {"temperature": 0.7, "top_k": 8, "generator": generator}
+    rows = generate(model, prompt.expand(2, -1), 40, **sampling).tolist()
     assert rows[0] != rows[1]
-    expected = ("\n" + "-" * 79 + "\n").join(tokenizer.decode(row).decode() for row in rows) + "\n"
-    options = ["--num_samples=2", "--max_new_tokens=40", "--temperature=0.7", "--top_k=8", "--seed=5", "--device=cpu"]
-    options.insert(0, "--dtype=float32")
+    texts = [tokenizer.decode(row).decode() for row in rows]
+    expected = ("\n" + "-" * 79 + "\n").join(texts) + "\n"
+    options = ["--num_samples=2", "--max_new_tokens=40", "--temperature=0.7", "--top_k=8"]
+    options += ["--device=cpu", "--seed=5"]
     assert printed(capsys, whole_run, "--prompt=7 plus ", *options) == expected
     Path("p.txt").write_text("7 plus ")
     assert printed(capsys, whole_run, "--prompt=FILE:p.txt", *options) == expected
-    assert printed(capsys, whole_run, "--prompt=7 plus ", *options[:-2], "--seed=6") != expected
+    assert printed(capsys, whole_run, "--prompt=7 plus ", *options[:-1], "--seed=6") != expected
 
 
 def test_top_p_reaches_the_model(whole_run, capsys):
-    common = [whole_run, "--prompt=7", "--device=cpu", "--dtype=float32", "--max_new_tokens=40", "--num_samples=1"]
+    common = [whole_run, "--prompt=7", "--device=cpu", "--max_new_tokens=40", "--num_samples=1"]
     assert printed(capsys, *common, "--top_p=1e-6") == printed(capsys, *common, "--temperature=0")
+
+
+def test_int8_is_the_default_where_it_gains():
+    small, large = (torch.nn.Linear(32, INT8_FROM // 32 + n) for n in (-9, 9))
+    assert [best_format("cpu", model) for model in (small, large)] == ["float32", "int8"]
+    assert best_format("cuda", large) == "float32"
 
 
 def test_the_best_model_is_used_or_the_last(whole_run):
@@ -70,7 +79,7 @@ def test_the_layout_for_generation_changes_no_value(mode):
         assert torch.equal(ours, theirs), name
     assert model.lm_head.weight is model.wte.weight
     idx = torch.randint(50, (2, 16))
-    torch.testing.assert_close(model(idx)[0], same(idx)[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model(idx), same(idx), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -82,24 +91,27 @@ def test_smaller_weights_change_the_logits_as_little_as_their_rounding_does(dtyp
     layers = [small.get_submodule(name) for name in ("lm_head", "blocks.0.mlp.c_fc")]
     assert dtype == "bfloat16" or all(type(layer) is Int8Linear for layer in layers)
     idx = torch.randint(50, (2, 16))
-    expected, found = exact(idx)[0], small(idx)[0].float()
+    expected, found = exact(idx), small(idx).float()
     error = ((found - expected).pow(2).mean() / expected.pow(2).mean()).sqrt().item()
     assert 2**-12 < error < 8 * 2**-bits
 
 
 @pytest.mark.parametrize("rank", [7, 12, 32])
 def test_layers_too_narrow_for_the_int8_kernel_are_left_in_bfloat16(rank):
-    """Torch's kernel reads eight or more numbers at a time: of other widths it gives infinity, or ends the process."""
-    exact, idx = GPT(GPTConfig(16, 50, 2, 2, 24, query_rank=rank)).eval(), torch.randint(50, (1, 5))
-    expected = exact(idx)[0]
+    """With other widths, torch's kernel returns infinity or ends the process."""
+    exact = GPT(GPTConfig(16, 50, 2, 2, 24, query_rank=rank)).eval()
+    idx = torch.randint(50, (1, 5))
+    expected = exact(idx)
     small = for_generation(exact, "int8")
     kinds = {type(block.attn.query.w_2) for block in small.blocks}
     assert kinds == {Int8Linear if rank == 32 else torch.nn.Linear}
-    assert (small(idx)[0].float() - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt() < 0.06
+    error = (small(idx).float() - expected).pow(2).mean().sqrt()
+    assert error / expected.pow(2).mean().sqrt() < 0.06
 
 
 def test_int8_is_refused_where_torch_has_no_kernel_for_it():
-    with torch.device("meta"), pytest.raises(UserError, match="dtype=int8 is not among .* on meta: float32, bfloat16"):
+    words = "dtype=int8 is not among .* on meta: float32, bfloat16"
+    with torch.device("meta"), pytest.raises(UserError, match=words):
         for_generation(GPT(GPTConfig(16, 50, 2, 2, 32)), "int8")
 
 
@@ -122,6 +134,7 @@ def test_without_a_prompt_it_begins_as_documents_do():
         (CharTokenizer("\nab", False), [[0]]),
     ):
         assert sample.encode_prompt(None, tokenizer, 16).tolist() == expected
-    assert sample.encode_prompt("\udcff", ByteTokenizer(False), 16).tolist() == [[255]]  # bytes as they were typed
+    as_typed = sample.encode_prompt("\udcff", ByteTokenizer(False), 16)
+    assert as_typed.tolist() == [[255]]
     with pytest.raises(UserError, match=r"'\\n'.*not among"):
         sample.encode_prompt(None, CharTokenizer("ab", False), 16)

@@ -138,14 +138,13 @@ def load_checkpoint(path, *keys):
 
     No code in the file is executed. UserError where it is damaged.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return checkpoint | {key: checkpoint[key] for key in keys}
-    except (OSError, MemoryError):
-        raise
-    except Exception as e:  # torch raises many kinds for a file that is not its own
-        reason = " ".join(f"{type(e).__name__}: {e}".split())
-        raise UserError(f"{path} is damaged, or no checkpoint ({reason:.200})") from None
+    with open(path, "rb") as f:
+        try:
+            checkpoint = torch.load(f, map_location="cpu", weights_only=True)
+            return checkpoint | {key: checkpoint[key] for key in keys}
+        except Exception as e:  # torch raises many kinds for a file that is not its own
+            reason = " ".join(f"{type(e).__name__}: {e}".split())
+            raise UserError(f"{path} is damaged, or no checkpoint ({reason:.200})") from None
 
 
 def describe(settings, model, data):
