@@ -174,7 +174,8 @@ def test_two_runs_in_one_folder_at_once_are_refused(tiny_config):
         assert any(line.startswith("step 2/") for line in first.stdout)
         for arguments in ([*flags], [*flags, "--resume"]):
             second = run("train.py", *arguments)
-            assert second.returncode == 1 and "another process is at work in out/tiny" in second.stderr
+            assert second.returncode == 1
+            assert "another process is at work in out/tiny" in second.stderr
         assert run("train.py", *flags, "--resume", "--eval_only").returncode == 0  # only reads
         first.send_signal(signal.SIGTERM)
         first.communicate(timeout=60)
@@ -218,7 +219,8 @@ def two_ranks(tiny_config):
         for rank in range(2):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
             place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            ranks.append(start("rank.py", tiny_config, "--log_interval=2", *flags, environment=place))
+            command = ["rank.py", tiny_config, "--log_interval=2", *flags]
+            ranks.append(start(*command, environment=place))
         assert any(line.startswith("step 2/") for line in ranks[0].stdout)
         return ranks
 

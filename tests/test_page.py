@@ -143,7 +143,7 @@ def run(weights, on, idx):
             block.ln_1 = model.ln_f = torch.nn.Identity()
         if not on["skips"]:
             block.forward = lambda x, cache, block=block: block.attn(block.ln_1(x))
-    return {"logits": model(idx)[0][0].numpy(), "patterns": torch.stack(patterns).numpy()}
+    return {"logits": model(idx)[0].numpy(), "patterns": torch.stack(patterns).numpy()}
 
 
 def difference(a, b):

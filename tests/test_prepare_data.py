@@ -1,4 +1,4 @@
-"""prepare_data.py: what it writes against independent readings of the same text, and what it refuses."""
+"""prepare_data.py against independent readings of the same text."""
 
 import dis
 import hashlib
@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import tiktoken
 
-import prepare_data
-from utils.settings import UserError
 from conftest import SHARED, prepare_tiny
+
+import prepare_data
 from prepare_data import Document, split
+from utils.data import prepare_if_small
 from utils.files import locked
+from utils.settings import UserError
 from utils.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer
 
 
@@ -57,11 +59,13 @@ def test_what_a_killed_process_left_is_no_obstacle_and_one_at_work_is(tiny_data)
     shutil.move("data/tiny", "before")
     Path("data/.tiny.tmp/new").mkdir(parents=True)
     Path("data/.tiny.tmp/new/train.bin").write_bytes(b"half")
-    with locked(Path("data/.tiny.tmp")), pytest.raises(UserError, match="another process is at work in data/.tiny.tmp"):
+    words = "another process is at work in data/.tiny.tmp"
+    with locked(Path("data/.tiny.tmp")), pytest.raises(UserError, match=words):
         prepare_tiny()
     prepare_tiny()
     assert [path.name for path in Path("data").iterdir()] == ["tiny"]
-    assert all(path.read_bytes() == Path("before", path.name).read_bytes() for path in Path("data/tiny").iterdir())
+    for path in Path("data/tiny").iterdir():
+        assert path.read_bytes() == Path("before", path.name).read_bytes()
 
 
 def test_stdlib_holds_this_pythons_source_split_by_file():
@@ -74,20 +78,21 @@ def test_stdlib_holds_this_pythons_source_split_by_file():
         assert text.pop() == ""  # each document ends with the separator
         documents[part] = {document.encode("latin-1") for document in text}
     library = Path(sysconfig.get_path("stdlib"))
-    assert all(len(twin) < 200 for twin in documents["train"] & documents["val"])  # one-line files that are alike
+    # Only files of a line or two may be alike.
+    assert all(len(twin) < 200 for twin in documents["train"] & documents["val"])
     everything = documents["train"] | documents["val"]
-    assert all((library / name).read_bytes() in everything for name in ("ast.py", "json/decoder.py", "typing.py"))
-    assert (library / "site.py").read_bytes() in everything
-    installed, tests = ([*library.glob(pattern)] for pattern in ("site-packages/*/*.py", "test/test_a*.py"))
-    for unwanted in installed[:25] + tests[:25]:
-        assert unwanted.stat().st_size < 200 or unwanted.read_bytes() not in everything
+    for name in ("ast.py", "json/decoder.py", "typing.py", "site.py"):
+        assert (library / name).read_bytes() in everything
+    for pattern in ("site-packages/*/*.py", "test/test_a*.py"):
+        for unwanted in [*library.glob(pattern)][:25]:
+            assert unwanted.stat().st_size < 200 or unwanted.read_bytes() not in everything
     size = {part: sum(map(len, documents[part])) for part in documents}
     assert 0.03 < size["val"] / size["train"] < 0.3
     assert f"{sys.version_info[0]}.{sys.version_info[1]}" in meta["source"]
 
 
 def test_bytecode_holds_the_instructions_of_each_module_and_of_all_functions_in_it():
-    """As Python's own disassembler lists them, whose arguments include those of EXTENDED_ARG."""
+    """As Python's own disassembler lists them."""
     prepare_data.main(["bytecode"])
     documents = []
     for part in ("train", "val"):
@@ -111,8 +116,8 @@ def test_the_split_does_not_depend_on_the_order_of_the_listing():
     random.Random(0).shuffle(documents)
     assert split(documents) == expected
     assert (len(expected["train"]), len(expected["val"])) == (90, 10)
-    digests = {part: [hashlib.sha256(d.name.encode()).hexdigest() for d in expected[part]] for part in expected}
-    assert max(digests["val"]) < min(digests["train"])
+    digest = lambda document: hashlib.sha256(document.name.encode()).hexdigest()  # noqa: E731
+    assert max(map(digest, expected["val"])) < min(map(digest, expected["train"]))
 
 
 def test_text_of_ones_own_characters():
@@ -129,7 +134,8 @@ def test_text_of_ones_own_characters():
     assert meta["vocab_size"] == len(chars) + 1
     decoded = ["".join((chars + ["<end>"])[i] for i in ids) for ids in (train, val)]
     assert sorted("".join(decoded).split("<end>")[:-1]) == sorted(texts.values())
-    assert meta["train"]["text_bytes"] + meta["val"]["text_bytes"] == sum(len(t.encode()) for t in texts.values())
+    text_bytes = meta["train"]["text_bytes"] + meta["val"]["text_bytes"]
+    assert text_bytes == sum(len(text.encode()) for text in texts.values())
 
 
 def test_any_file_as_bytes_cut_after_nine_tenths():
@@ -139,18 +145,21 @@ def test_any_file_as_bytes_cut_after_nine_tenths():
     (train, _), (val, _) = read("blob", "train"), read("blob", "val")
     assert bytes(train + val) == data  # a single document needs no separator
     assert 9000 <= len(train) <= 9004
-    assert load_tokenizer(json.loads(Path("data/blob/meta.json").read_text())["tokenizer"]).eot is None
+    meta = json.loads(Path("data/blob/meta.json").read_text())
+    assert load_tokenizer(meta["tokenizer"]).eot is None
 
 
 def test_a_cut_never_falls_inside_a_character():
     for text in ("é" * 11, "a" + "日" * 13, "😀" * 7, "ab😀" * 5, "x日" * 2):
         parts = split([Document("t", text.encode())])
-        assert "".join(d.read().decode() for (d,) in parts.values()) == text and parts["val"][0].offset > 0
+        assert "".join(document.read().decode() for (document,) in parts.values()) == text
+        assert parts["val"][0].offset > 0
 
 
 def test_dtype_follows_the_vocabulary():
     for n_chars, dtype in ((256, "uint8"), (257, "uint16"), (65_536, "uint16"), (65_537, "uint32")):
-        text = "".join(chr(c) for c in range(0x21, 0x21 + n_chars + 2048) if not 0xD800 <= c < 0xE000)[:n_chars]
+        codes = [c for c in range(0x21, 0x21 + n_chars + 2048) if not 0xD800 <= c < 0xE000]
+        text = "".join(map(chr, codes[:n_chars]))
         Path("t").write_text(text * 2, encoding="utf-8", newline="")
         prepare_data.main(["text", f"--name=n{n_chars}", "--input", "t", "--tokenizer=char"])
         ids, meta = read(f"n{n_chars}", "train")
@@ -160,7 +169,8 @@ def test_dtype_follows_the_vocabulary():
 
 def test_tokenizers_give_back_what_they_took(gpt2_vocabulary):
     text = "Ein Zwölfkampf: 日本 😀\r\n\tdone"
-    for tokenizer in (ByteTokenizer(True), CharTokenizer("".join(sorted(set(text))), True), GPT2Tokenizer(True)):
+    chars = "".join(sorted(set(text)))
+    for tokenizer in (ByteTokenizer(True), CharTokenizer(chars, True), GPT2Tokenizer(True)):
         again = load_tokenizer(json.loads(json.dumps(tokenizer.spec)))
         ids = tokenizer.encode(text.encode()).tolist()
         assert again.encode(text.encode()).tolist() == ids
@@ -172,23 +182,42 @@ def test_tokenizers_give_back_what_they_took(gpt2_vocabulary):
 
 def test_text_that_reads_like_a_special_token_is_text(gpt2_vocabulary, monkeypatch):
     assert GPT2Tokenizer(True).encode(b"hello world").tolist() == [31373, 995]
-    assert GPT2Tokenizer(True).encode(b"a <|endoftext|>").tolist() == [64, 1279, 91, 437, 1659, 5239, 91, 29]
-    for old in (lambda self, text, **_: self.encode(text, allowed_special="all"), None):  # 0.9 and 0.10; before
-        with monkeypatch.context() as patch:
-            if old is None:
-                patch.delattr(tiktoken.Encoding, "encode_to_numpy")
-            else:
-                patch.setattr(tiktoken.Encoding, "encode_to_numpy", lambda *a, **k: np.array(old(*a, **k)))
-            with pytest.raises(UserError, match="too old"):
-                GPT2Tokenizer(True)
+    special = GPT2Tokenizer(True).encode(b"a <|endoftext|>").tolist()
+    assert special == [64, 1279, 91, 437, 1659, 5239, 91, 29]
+    with monkeypatch.context() as patch:  # before 0.9
+        patch.delattr(tiktoken.Encoding, "encode_to_numpy")
+        with pytest.raises(UserError, match="too old"):
+            GPT2Tokenizer(True)
+
+    def as_special(self, text, **_):  # 0.9 and 0.10
+        return np.array(self.encode(text, allowed_special="all"))
+
+    monkeypatch.setattr(tiktoken.Encoding, "encode_to_numpy", as_special)
+    with pytest.raises(UserError, match="too old"):
+        GPT2Tokenizer(True)
 
 
-def test_what_cannot_be_fetched_is_told_and_leaves_nothing_behind(monkeypatch):
-    monkeypatch.setattr(prepare_data, "SHAKESPEARE_URL", "http://127.0.0.1:9/input.txt")  # nothing listens there
+def test_a_failed_download_is_one_line_and_leaves_nothing_behind(monkeypatch):
+    # Nothing listens at this address.
+    monkeypatch.setattr(prepare_data, "SHAKESPEARE_URL", "http://127.0.0.1:9/input.txt")
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: open("no/route"))
     Path("t").write_text("some text\n" * 100)
     failed = r"could not fetch http://127.0.0.1:9/input.txt .*--input"
-    for command, words in (("shakespeare_char", failed), ("text --name=x --input t", "TIKTOKEN_CACHE_DIR")):
+    commands = {"shakespeare_char": failed, "text --name=x --input t": "TIKTOKEN_CACHE_DIR"}
+    for command, words in commands.items():
         with pytest.raises(UserError, match=words):
             prepare_data.main(command.split())
         assert not list(Path().glob("data/*"))
+
+
+def test_a_small_data_set_is_prepared_by_its_program_and_a_failure_says_why(monkeypatch):
+    prepare_if_small("stdlib")
+    prepare_data.main(["text", "--name=again", "--input", sysconfig.__file__, "--tokenizer=byte"])
+    assert {path.name for path in Path("data").iterdir()} == {"stdlib", "again"}
+    assert prepare_if_small("again") is None  # it is there
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="^prepare_data.py: could not fetch .*$"):
+        prepare_if_small("shakespeare_char")
+    with pytest.raises(UserError, match="there is no data set data/nowhere; prepare it first"):
+        prepare_if_small("nowhere")

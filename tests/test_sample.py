@@ -40,7 +40,8 @@ def test_top_p_reaches_the_model(whole_run, capsys):
 
 
 def test_int8_is_the_default_where_it_gains():
-    small, large = (torch.nn.Linear(32, INT8_FROM // 32 + n) for n in (-9, 9))
+    sizes = (INT8_FROM - 1, INT8_FROM)
+    small, large = (torch.nn.Linear(1, n, bias=False, device="meta") for n in sizes)
     assert [best_format("cpu", model) for model in (small, large)] == ["float32", "int8"]
     assert best_format("cuda", large) == "float32"
 
@@ -62,11 +63,13 @@ def test_the_best_model_is_used_or_the_last(whole_run):
 
 def test_bytes_that_make_up_a_character_are_printed_together(capsys):
     recipe = (
-        "n_layer, n_head, n_embd, block_size, batch_size, gradient_accumulation_steps = 1, 2, 32, 32, 8, 1\n"
+        "n_layer, n_head, n_embd, block_size = 1, 2, 32, 32\n"
+        "batch_size, gradient_accumulation_steps = 8, 1\n"
         "max_iters, warmup_iters, learning_rate, lr_schedule = 150, 5, 1e-2, 'linear'\n"
     )
     a_run = train_on("u", "日本語 😀 ünï\n" * 60, recipe)
-    out = printed(capsys, a_run, "--prompt=日", "--temperature=0", "--num_samples=1", "--max_new_tokens=100")
+    options = ["--temperature=0", "--num_samples=1", "--max_new_tokens=100"]
+    out = printed(capsys, a_run, "--prompt=日", *options)
     assert out.startswith("日本語 😀 ünï\n日本語 😀 ünï\n")
 
 

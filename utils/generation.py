@@ -13,7 +13,7 @@ import torch.nn as nn
 from utils.settings import UserError
 
 FORMATS = ("float32", "bfloat16", "int8")
-INT8_FROM = 10_000_000  # parameters; a smaller model stays in a processor's cache
+INT8_FROM = 1_000_000  # parameters; a smaller model fits into the processor's cache
 
 
 def generate(model, idx, max_new_tokens, **sampling):
