@@ -18,10 +18,7 @@ from utils.seeds import derive_seed
 
 @dataclass
 class GPTConfig:
-    """The architecture. The defaults are GPT-3 small with a nonlinear query.
-
-    ValueError names a setting that contradicts another one.
-    """
+    """The architecture; by default GPT-3 small with a nonlinear query. ValueError if invalid."""
 
     block_size: int = 1024  # longest sequence that the model can see, in tokens
     vocab_size: int | None = 50304  # number of token ids; train.py takes that of the data for auto
@@ -111,28 +108,6 @@ QUERIES = {"linear": LinearQuery, "identity": IdentityQuery, "nonlinear": Nonlin
 ACTIVATIONS = {"gelu": nn.GELU, "none": nn.Identity}
 
 
-class KVCache:
-    """The keys and values of all tokens that one attention layer has seen so far."""
-
-    def __init__(self, block_size):
-        self.block_size = block_size
-        self.length = 0
-        self.k = None
-        self.v = None
-
-    def append(self, k, v):
-        """Add k, v (B, n_head, T, head_size) of T new tokens -> those of all tokens so far."""
-        if self.length == 0:
-            B, n_head, _, head_size = k.shape
-            self.k = k.new_empty(B, n_head, self.block_size, head_size)
-            self.v = torch.empty_like(self.k)
-        start = self.length
-        self.length += k.size(2)
-        self.k[:, :, start : self.length] = k
-        self.v[:, :, start : self.length] = v
-        return self.k[:, :, : self.length], self.v[:, :, : self.length]
-
-
 class Attention(nn.Module):
     """In each head softmax(q kᵀ / sqrt(head_size) + mask) v, then the output projection.
 
@@ -165,7 +140,7 @@ class Attention(nn.Module):
     def forward(self, x, cache=None):
         q, k, v = self.heads(x)
         if cache is not None:
-            k, v = cache.append(k, v)  # (B, n_head, length, head_size)
+            k, v = cache.append(k, v)  # (B, n_head, length, head_size): of all tokens so far
         # A single new token attends to the whole cache; is_causal would mask all but its first key.
         is_causal = self.causal and q.size(2) > 1
         dropout = self.dropout if self.training else 0.0
@@ -218,37 +193,33 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.wte.weight
-        for name, parameter in self.named_parameters():  # a tied weight comes once, as wte.weight
-            module = self.get_submodule(name.rpartition(".")[0])
-            if isinstance(module, (nn.Linear, nn.Embedding)) and not parameter.is_meta:
-                self._init(name, parameter, getattr(module, "init_std", 0.02), seed)
+        self.init_weights(seed)
 
     @torch.no_grad()
-    def _init(self, name, parameter, std, seed):
-        """Initialise a weight or bias of a Linear or Embedding as GPT-2 does.
-
-        All other parameters stay as their modules made them.
-        """
-        if name.endswith("bias"):
-            parameter.zero_()
-            return
-        if name.endswith("c_proj.weight"):
-            # 2 n_layer layers add to the residual stream; this keeps its scale (GPT-2).
-            std /= math.sqrt(2 * self.config.n_layer)
-        # Each weight has its own random stream, derived from the seed and its name, so weights
-        # that two query modes share start identical.
-        generator = torch.Generator().manual_seed(derive_seed(seed, name))
-        values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-        parameter.copy_(values.normal_(0.0, std, generator=generator))
+    def init_weights(self, seed):
+        """GPT-2's initialisation of Linear and Embedding modules; others keep what they have."""
+        for name, parameter in self.named_parameters():  # a tied weight comes once, as wte.weight
+            module = self.get_submodule(name.rpartition(".")[0])
+            if parameter.is_meta or not isinstance(module, (nn.Linear, nn.Embedding)):
+                continue
+            std = 0.0 if name.endswith("bias") else getattr(module, "init_std", 0.02)
+            if name.endswith("c_proj.weight"):
+                # 2 n_layer layers add to the residual stream; this keeps its scale (GPT-2).
+                std /= math.sqrt(2 * self.config.n_layer)
+            # Each weight has its own random stream, derived from the seed and its name, so
+            # weights that two query modes share start identical.
+            generator = torch.Generator().manual_seed(derive_seed(seed, name))
+            values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+            parameter.copy_(values.normal_(0.0, std, generator=generator))
 
     def forward(self, idx, targets=None, cache=None):
         """Token ids idx (B, T) -> logits (B, T, V), or with targets (B, T) the loss.
 
         The loss is the mean cross-entropy in nats over the targets that are not -1. It comes alone:
         beside logits, torch.compile would allocate a gradient (B, T, V) for them.
-        With a cache, a list of one KVCache per layer, idx is the prompt on the first call and one
-        new token on each later call, and the logits (B, 1, V) are those of the last position.
-        ValueError where the tokens exceed block_size.
+        With a cache, a KVCache of utils/generation.py for each layer, idx is the prompt on the
+        first call and one new token on each later call, and the logits (B, 1, V) are those of the
+        last position. ValueError where the tokens exceed block_size.
         """
         T = idx.size(1)
         start = cache[0].length if cache else 0
@@ -266,10 +237,6 @@ class GPT(nn.Module):
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-
-    def new_cache(self):
-        """An empty cache for `forward`."""
-        return [KVCache(self.config.block_size) for _ in self.blocks]
 
     def parameter_report(self):
         """Number of parameters: total, non_embedding and query_path.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model import GPT, QUERIES, GPTConfig
-from utils.generation import generate, generate_tokens, sample_token
+from utils.generation import generate, generate_tokens, new_cache, sample_token
 
 DEVICE = os.environ.get("TEST_DEVICE", "cpu")  # TEST_DEVICE=cuda tests the models on a GPU
 MODES = ["linear", "identity", "nonlinear"]
@@ -256,7 +256,7 @@ def test_cached_equals_uncached(mode, qk_norm):
     idx = tokens(2, 16)
     full = model(idx)
     for primed in (1, 5, 15):
-        cache = model.new_cache()
+        cache = new_cache(model)
         steps = [model(idx[:, :primed], cache=cache)]
         steps += [model(idx[:, t : t + 1], cache=cache) for t in range(primed, 16)]
         steps = torch.cat(steps, 1)
@@ -283,7 +283,7 @@ def test_what_does_not_fit_is_refused():
         model(tokens(1, 17))
     with pytest.raises(ValueError, match="block_size=16"):
         generate(model, tokens(1, 17), 1)
-    cache = model.new_cache()
+    cache = new_cache(model)
     model(tokens(1, 4), cache=cache)
     with pytest.raises(ValueError, match="takes one new token, not 2"):
         model(tokens(1, 2), cache=cache)

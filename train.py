@@ -26,8 +26,7 @@ from utils.device import stop_signals, sum_over_ranks, world_size
 from utils.seeds import derive_seed
 from utils.settings import UserError, read_command, run_program
 
-# --------------------------------------------------------------------------------------------------
-# Settings. --help prints the comment behind each.
+# ---- Settings. --help prints the comment behind each ---------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,7 @@ class Settings:
     compile: bool | None = None  # torch.compile the model; auto: on CUDA
 
 
-# --------------------------------------------------------------------------------------------------
-# The batch of a step.
+# ---- The batch of a step -------------------------------------------------------------------------
 
 
 def get_offsets(data, seed, step, n):
@@ -79,14 +77,14 @@ def get_offsets(data, seed, step, n):
 
 def get_windows(data, split, offsets, end):
     """The tokens at offsets (n,) -> (n, block_size + 1) int64, with -1 at or past end."""
-    tokens = data.tokens(split)
+    tokens = data.tokens(split)[:end]
     windows = np.full((len(offsets), data.block_size + 1), -1, np.int64)
     for window, offset in zip(windows, offsets):
-        part = tokens[offset : min(offset + data.block_size + 1, end)]
+        part = tokens[offset : offset + data.block_size + 1]
         window[: len(part)] = part
     if windows.max() >= data.vocab_size:
-        problem = f"{data.folder / split}.bin holds the token id {windows.max()}"
-        raise UserError(f"{problem}, but its vocabulary has {data.vocab_size:,}; prepare it again")
+        problem = f"{split}.bin holds the token id {windows.max()}"
+        raise UserError(f"{problem}, but {data.folder} has a vocabulary of {data.vocab_size:,}")
     return windows
 
 
@@ -94,8 +92,8 @@ def mask_tokens(x, mask_id, settings, offsets, key):
     """For an encoder: tokens x (n, block_size) -> inputs and targets of the same shape.
 
     The targets are the masked tokens, and -1 elsewhere; the inputs have mask_id in their place.
-    Which ones are masked is a pure function of (key, offset). Unlike in BERT none is kept or
-    replaced at random, which is not needed (arXiv:2202.08005).
+    Which ones are masked is a pure function of (key, offset). All become the mask: BERT's random
+    replacements are not needed (arXiv:2202.08005).
     """
     n, block_size = x.shape
     raw = np.empty((n, block_size), np.uint64)
@@ -107,10 +105,10 @@ def mask_tokens(x, mask_id, settings, offsets, key):
     return np.where(masked, mask_id, x), np.where(masked, x, -1)
 
 
-def get_batch(data, split, offsets, end, settings, *key):
+def get_batch(data, split, offsets, settings, key, end=None):
     """The sequences at offsets (n,) -> inputs x and targets y, (n, block_size) each, on the device.
 
-    The loss leaves out a target of -1, which stands at or past end. key: see mask_tokens.
+    A target of -1 stands at or past end, and is left out of the loss. key: see mask_tokens.
     """
     windows = get_windows(data, split, offsets, end)
     x, y = windows[:, :-1], windows[:, 1:]
@@ -125,17 +123,15 @@ def get_batch(data, split, offsets, end, settings, *key):
 
 def get_micro_batches(data, settings, step):
     """This process's part of the batch of a step, one micro-batch (x, y) at a time."""
-    # First draw the whole step, then divide it: so neither the size of a micro-batch nor the number
-    # of processes changes the data.
+    # Draw the whole step and then divide it, so that neither the size of a micro-batch nor the
+    # number of processes changes the data.
     n = settings.gradient_accumulation_steps * settings.batch_size
     offsets = get_offsets(data, settings.seed, step, n)
     for part in offsets.reshape(-1, settings.batch_size)[rank() :: world_size()]:
-        end = data.n_tokens("train")
-        yield get_batch(data, "train", part, end, settings, settings.seed, "holes", step)
+        yield get_batch(data, "train", part, settings, key=(settings.seed, "holes", step))
 
 
-# --------------------------------------------------------------------------------------------------
-# Evaluation and one step.
+# ---- Evaluation and one step ---------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -153,11 +149,12 @@ def evaluate(model, data, settings):
     offsets = np.arange(0, n, data.block_size)
     padding = -len(offsets) % settings.batch_size
     offsets = np.pad(offsets, (0, padding), constant_values=n + 1)  # windows without any target
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
     model.eval()
     for part in offsets.reshape(-1, settings.batch_size)[rank() :: world_size()]:
         # The key is fixed, so that every run masks the same tokens.
-        x, y = get_batch(data, "val", part, n + 1, settings, "validation")
+        x, y = get_batch(data, "val", part, settings, key=("validation",), end=n + 1)
         n_targets = (y >= 0).sum().item()
         with autocast(settings):
             total += model(x, y).item() * n_targets
@@ -188,8 +185,7 @@ def make_optimizer(model, settings):
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    betas = (settings.beta1, settings.beta2)
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), fused=True)
 
 
 def train_step(model, optimizer, scaler, data, settings, step):
@@ -210,16 +206,14 @@ def train_step(model, optimizer, scaler, data, settings, step):
         scaler.scale(loss).backward()
         mean_loss += loss.detach()
     scaler.unscale_(optimizer)
-    max_norm = settings.grad_clip or math.inf
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return mean_loss, norm
 
 
-# --------------------------------------------------------------------------------------------------
-# The run. All processes do the same with their share of each batch; rank 0 prints and writes.
+# ---- The run. All processes do the same with their share of each batch; rank 0 prints and writes -
 
 
 def fit_to_data(config, settings, data):
@@ -234,12 +228,8 @@ def fit_to_data(config, settings, data):
 
 def save(run, model, optimizer, scaler, data, state, is_best=False):
     """Write ckpt.pt, from which --resume continues, and best.pt, which sample.py reads."""
-    checkpoint = {
-        "model": model.state_dict(),
-        "config": asdict(model.config),
-        "tokenizer": data.tokenizer,
-        "state": state,
-    }
+    checkpoint = {"model": model.state_dict(), "config": asdict(model.config)}
+    checkpoint |= {"tokenizer": data.tokenizer, "state": state}
     if is_best:  # first: if we are killed between the two, best.pt is newer than ckpt.pt, not older
         run.save("best.pt", checkpoint)
     training = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
@@ -247,34 +237,22 @@ def save(run, model, optimizer, scaler, data, state, is_best=False):
 
 
 def restore(checkpoint, model, optimizer, scaler, state):
-    """Load what `save` wrote. An imported model has no optimizer, which then starts fresh."""
+    """Load what `save` wrote."""
     model.load_state_dict(checkpoint["model"])
-    if "optimizer" in checkpoint:
+    if "optimizer" in checkpoint:  # an imported model has none
         optimizer.load_state_dict(checkpoint["optimizer"])
-    if scaler.is_enabled() and checkpoint.get("scaler"):  # float16 before, and now
+    if checkpoint.get("scaler"):  # it is empty unless the run was in float16
         scaler.load_state_dict(checkpoint["scaler"])
     state.update({key: checkpoint["state"][key] for key in state})
 
 
 def check_finite(value, run, step, settings):
-    """UserError where a loss or the weights are not finite; the last checkpoint stays."""
+    """UserError where a loss or a sum of weights is not finite; the last checkpoint stays."""
     if not math.isfinite(value):
         run.log(step, diverged=True)
         now = f"learning_rate (now {settings.learning_rate:g})"
         hint = f"a lower {now} or a longer warm-up (now {settings.warmup_iters}) may help"
         raise UserError(f"the loss is not finite at step {step}; {hint}")
-
-
-def format_values(values):
-    return " ".join(f"{name} {value:.4f}" for name, value in values.items())
-
-
-def print_header(run, settings, model, data):
-    """Print what is about to be trained."""
-    mode, n = model.config.query_mode, model.parameter_report()
-    print0(f"data    {settings.dataset}: {data.n_tokens('train'):,} training tokens")
-    print0(f"model   {mode} query, {n['total']:,} parameters, {n['query_path']:,} of the query")
-    print0(f"run     {run.path}, {settings.max_iters:,} steps, {settings.device}, {settings.dtype}")
 
 
 def train(settings, config):
@@ -286,44 +264,51 @@ def train(settings, config):
     fit_to_data(config, settings, data)
     model = GPT(config, seed=settings.seed).to(settings.device)
     optimizer = make_optimizer(model, settings)
-    kind = settings.device.split(":")[0]
-    scaler = torch.amp.GradScaler(kind, enabled=settings.dtype == "float16")
+    device_type = settings.device.split(":")[0]
+    scaler = torch.amp.GradScaler(device_type, enabled=settings.dtype == "float16")
     tokens_per_step = settings.batch_size * settings.gradient_accumulation_steps * config.block_size
     # The progress of the run. It holds no random state, since all seeds follow from the step.
     state = {"step": 0, "val": None, "best_val_loss": math.inf, "seconds": 0.0}
 
     run = RunFolder(settings.out_dir, writes=rank() == 0 and not settings.eval_only)
     with run.open(describe(settings, model, data), settings) as checkpoint, stop_signals() as stop:
-        print_header(run, settings, model, data)
         if checkpoint:
             restore(checkpoint, model, optimizer, scaler, state)
-            print0(f"resumed at step {state['step']}")
+        step = state["step"]
+        n = model.parameter_report()["total"]
+        print0(f"{run.path}: {config.query_mode} query, {n:,} parameters, from step {step}")
         if settings.compile:
             model.compile()  # in place, so that the weights keep their names
-        network = model
+        replica = model
         if dist.is_initialized():
             device_ids = None if settings.device == "cpu" else [settings.device]
-            network = DistributedDataParallel(model, device_ids=device_ids)
-        if settings.eval_only:
-            print0(f"step {state['step']} {format_values(evaluate(network, data, settings))}")
-            return 0
-
-        step = state["step"]
+            replica = DistributedDataParallel(model, device_ids=device_ids)
         started = time.perf_counter() - state["seconds"]
         lap = None  # the step and the time from which the speed is measured
+
         while True:
-            # Evaluate and save. A checkpoint that was saved here has the result already.
-            is_last = step >= settings.max_iters
+            # Stop at a signal to any of the processes.
+            state.update(step=step, seconds=time.perf_counter() - started)
+            if sum_over_ranks(len(stop), "cpu"):
+                check_finite(sum(p.sum() for p in model.parameters()), run, step, settings)
+                save(run, model, optimizer, scaler, data, state)
+                barrier()  # wait until rank 0 has saved; an exiting process would kill the others
+                print0(f"stopped after step {step} and saved; --resume continues")
+                return 128 + (stop or [signal.SIGTERM])[0]
+
+            # Evaluate and save. After resuming, the checkpoint may already have the result.
+            is_last = settings.eval_only or step >= settings.max_iters
             is_evaluated = state["val"] is not None and state["val"]["step"] == step
-            if (is_last or step % settings.eval_interval == 0) and not is_evaluated:
-                val = evaluate(network, data, settings)
-                check_finite(val["val_loss"], run, step, settings)  # before bad weights are saved
+            is_due = is_last or step % settings.eval_interval == 0
+            if settings.eval_only or (is_due and not is_evaluated):
+                val = evaluate(replica, data, settings)
+                check_finite(val["val_loss"], run, step, settings)
                 is_best = val["val_loss"] < state["best_val_loss"]
                 state["val"] = {"step": step, **val}
                 state["best_val_loss"] = min(val["val_loss"], state["best_val_loss"])
-                state["step"], state["seconds"] = step, time.perf_counter() - started
-                run.log(step, **val, seconds=state["seconds"])
-                print0(f"step {step}/{settings.max_iters} {format_values(val)}")
+                text = " ".join(f"{name} {value:.4f}" for name, value in val.items())
+                print0(f"step {step}/{settings.max_iters} {text}")
+                run.log(step, **val, seconds=time.perf_counter() - started)
                 if step > 0:
                     save(run, model, optimizer, scaler, data, state, is_best)
                 lap = lap and (step, time.perf_counter())
@@ -331,38 +316,28 @@ def train(settings, config):
                 break
 
             # One step.
-            loss, norm = train_step(network, optimizer, scaler, data, settings, step)
+            loss, norm = train_step(replica, optimizer, scaler, data, settings, step)
             step += 1
 
             # Log. Between evaluations, only this waits for the GPU.
             if step % settings.log_interval == 0 or step == 1:
                 loss = sum_over_ranks(loss, settings.device) / world_size()
                 check_finite(loss, run, step, settings)
+                norm = norm.item()
                 lr = get_lr(settings, step - 1)
-                line = f"step {step}/{settings.max_iters} loss {loss:.4f} lr {lr:.1e}"
-                line += f" norm {norm:.2f}"
+                text = f"loss {loss:.4f} lr {lr:.1e} norm {norm:.2f}"
                 speed = None
                 if lap:  # the first step, which may compile the model, is left out
                     speed = (step - lap[0]) * tokens_per_step / (time.perf_counter() - lap[1])
                     eta = round((settings.max_iters - step) * tokens_per_step / speed)
-                    line += f" {speed / 1000:.1f}k tok/s eta {timedelta(seconds=eta)}"
-                lap = step, time.perf_counter()
-                print0(line)
-                seconds = time.perf_counter() - started
-                values = {"train_loss": loss, "learning_rate": lr, "grad_norm": norm.item()}
-                run.log(step, **values, tokens_per_second=speed, seconds=seconds)
+                    text += f" {speed / 1000:.1f}k tok/s eta {timedelta(seconds=eta)}"
+                lap = (step, time.perf_counter())
+                print0(f"step {step}/{settings.max_iters} {text}")
+                values = {"train_loss": loss, "learning_rate": lr, "grad_norm": norm}
+                run.log(step, **values, tokens_per_second=speed, seconds=lap[1] - started)
 
-            # Stop at a signal to any of the processes.
-            if sum_over_ranks(len(stop), "cpu"):
-                check_finite(sum(p.sum() for p in model.parameters()), run, step, settings)
-                state["step"], state["seconds"] = step, time.perf_counter() - started
-                save(run, model, optimizer, scaler, data, state)
-                barrier()  # wait until rank 0 has saved; an exiting process would kill the others
-                print0(f"stopped after step {step} and saved; --resume continues")
-                return 128 + (stop or [signal.SIGTERM])[0]
-
-        print0(f"done in {timedelta(seconds=round(state['seconds']))}")
-        print0(f"sample from it: python sample.py {run.path}")
+    print0(f"done in {timedelta(seconds=round(time.perf_counter() - started))}")
+    print0(f"sample from it: python sample.py {run.path}")
     return 0
 
 

@@ -140,7 +140,7 @@ def test_batches_depend_on_seed_and_step_alone(tiny_data):
         assert np.mean(offsets == get_offsets(data, seed, step, 1000)) < 0.02
     last = len(tokens) - 17
     assert offsets.min() < 0.02 * last and 0.98 * last < offsets.max() <= last
-    x, y = get_batch(data, "train", np.array([0, last]), len(tokens), on_cpu())
+    x, y = get_batch(data, "train", np.array([0, last]), on_cpu(), key=())
     for row, offset in enumerate((0, last)):
         assert x[row].tolist() == tokens[offset : offset + 16].tolist()
         assert y[row].tolist() == tokens[offset + 1 : offset + 17].tolist()
@@ -272,8 +272,8 @@ def test_steps_and_evaluations_use_the_number_format_asked_for(tiny_data):
 
 
 def test_dropout_differs_between_seeds_steps_and_ranks(tiny_data, monkeypatch):
-    settings, data, losses = on_cpu(batch_size=2, gradient_accumulation_steps=1), None, {}
-    data = Dataset("tiny", 16)
+    settings = on_cpu(batch_size=2, gradient_accumulation_steps=1)
+    data, losses = Dataset("tiny", 16), {}
     for rank, step, seed in ((0, 0, 1), (0, 0, 1), (0, 1, 1), (1, 0, 1), (0, 0, 2)):
         s = dataclasses.replace(settings, seed=seed)
         model = GPT(GPTConfig(16, 20, 2, 2, 16, dropout=0.5))

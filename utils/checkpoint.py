@@ -27,8 +27,9 @@ from utils.settings import UserError
 
 # What may differ in a run that is resumed: nothing here changes what a step computes, apart from
 # rounding. batch_size and gradient_accumulation_steps may change where their product does not.
-MAY_CHANGE = {"max_iters", "batch_size", "gradient_accumulation_steps", "eval_interval"}
-MAY_CHANGE |= {"log_interval", "wandb_log", "wandb_project", "device", "dtype", "compile"}
+MAY_CHANGE = {"out_dir", "resume", "eval_only", "max_iters", "eval_interval", "log_interval"}
+MAY_CHANGE |= {"batch_size", "gradient_accumulation_steps", "device", "dtype", "compile"}
+MAY_CHANGE |= {"wandb_log", "wandb_project"}
 
 
 class RunFolder:
@@ -41,10 +42,6 @@ class RunFolder:
 
     def holds(self, name):
         return (self.path / name).exists()
-
-    def is_run(self):
-        """Whether a run was begun here, or a checkpoint was put here."""
-        return any(self.holds(name) for name in ("config.json", "ckpt.pt", "best.pt"))
 
     def write_json(self, name, content):
         self.write_text(name, json.dumps(content, indent=1) + "\n")
@@ -71,13 +68,14 @@ class RunFolder:
         record is what `describe` returned. UserError where the folder holds another run, or where
         another process writes in it.
         """
-        if self.is_run() and not settings.resume:
+        is_run = any(self.holds(name) for name in ("config.json", "ckpt.pt", "best.pt"))
+        if is_run and not settings.resume:
             raise UserError(f"{self.path} holds a run: --resume it, or choose another --out_dir")
-        if settings.resume and not self.is_run():
+        if settings.resume and not is_run:
             raise UserError(f"{self.path} holds no run to resume")
         checkpoint = None
         step = -1
-        if settings.resume:
+        if is_run:
             first = self.read_json("config.json", "settings", "model", "data")
             check_resume(first, record)
             if self.holds("ckpt.pt"):  # a run that was stopped before its first one begins again
@@ -90,8 +88,8 @@ class RunFolder:
             if self.writes and settings.wandb_log:
                 import wandb
 
-                name = self.path.name
-                self.wandb = wandb.init(project=settings.wandb_project, name=name, config=record)
+                names = {"project": settings.wandb_project, "name": self.path.name}
+                self.wandb = wandb.init(config=record, **names)
             self.write_json("config.json", record)
             # A run continues after its checkpoint: what was logged later will come again.
             lines = [json.dumps(values) + "\n" for values in self.metrics(until=step)]
@@ -149,7 +147,7 @@ def load_checkpoint(path, *keys):
 
 def describe(settings, model, data):
     """What config.json holds: all that is needed to repeat the run."""
-    torch_and_numpy = {"torch": torch.__version__, "numpy": np.__version__}
+    versions = {"torch": torch.__version__, "numpy": np.__version__}
     return {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "settings": asdict(settings),
@@ -158,7 +156,7 @@ def describe(settings, model, data):
         "data": {"source": data.source, "sha256": data.sha256},
         "device": device_name(settings.device),
         "processes": world_size(),
-        "versions": {"python": platform.python_version(), **torch_and_numpy},
+        "versions": {"python": platform.python_version(), **versions},
         "commit": git_commit(),
     }
 
@@ -172,18 +170,16 @@ def git_commit():
 
 
 def check_resume(before, now, may_change=MAY_CHANGE):
-    """UserError where a record of `describe` differs from an earlier one in more than it may."""
-
-    def flat(record):
-        settings = record["settings"]
-        sequences = settings["batch_size"] * settings["gradient_accumulation_steps"]
-        more = {"sequences in a step": sequences, "data set": record["data"]["sha256"]}
-        return {**settings, **record["model"], **more}
-
-    before, now = flat(before), flat(now)
-    # Where the run lies, and what this command does with it, may change.
-    names = [name for name in now if name not in {*may_change, "out_dir", "resume", "eval_only"}]
-    changed = [name for name in names if name in before and now[name] != before[name]]
+    """UserError where two records of `describe` differ in more than may change."""
+    before, now = (
+        {**record["settings"], **record["model"], "data set": record["data"]["sha256"]}
+        for record in (before, now)
+    )
+    for values in (before, now):
+        sequences = values["batch_size"] * values["gradient_accumulation_steps"]
+        values["sequences in a step"] = sequences
+    names = before.keys() & now.keys() - may_change
+    changed = [name for name in now if name in names and now[name] != before[name]]
     if changed:
         words = "; ".join(f"{name} was {before[name]}, now is {now[name]}" for name in changed)
         raise UserError(f"a run is resumed with the settings it began with: {words}")

@@ -26,13 +26,12 @@ class Dataset:
             self.source = self.meta["source"]
             self.sha256 = {split: self.meta[split]["sha256"] for split in ("train", "val")}
             sizes = {split: len(self.tokens(split)) for split in ("train", "val")}
-            expected = {split: int(self.meta[split]["tokens"]) for split in sizes}
+            for split, size in sizes.items():
+                if size != self.n_tokens(split):
+                    raise ValueError(f"{split}.bin has {size} tokens, not {self.n_tokens(split)}")
         except (FileNotFoundError, ValueError, KeyError, TypeError) as e:
             reason = f"{type(e).__name__}: {e}"
             raise UserError(f"{self.folder} is damaged ({reason}); prepare it again") from None
-        if sizes != expected:
-            problem = f"{self.folder} holds {sizes} tokens, but meta.json says {expected}"
-            raise UserError(f"{problem}; prepare it again")
         if min(sizes.values()) <= block_size:
             problem = f"{self.folder} has {sizes} tokens, too few for block_size={block_size}"
             raise UserError(f"{problem}; add text, or take a smaller block_size")

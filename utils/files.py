@@ -8,10 +8,7 @@ from utils.settings import UserError
 
 @contextlib.contextmanager
 def new_file(path):
-    """A binary file that gets its name when all of it is written.
-
-    UserError where the disk fails. After any error, what had the name before is still there.
-    """
+    """A binary file that gets its name when it is complete. UserError where the disk fails."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as f:
@@ -31,10 +28,7 @@ def new_file(path):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Make a folder, and lock it; UserError where another process has locked it.
-
-    The system drops the lock when a process dies. Windows has no such locks.
-    """
+    """Make a folder, and lock it until the process ends; UserError if another one has."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as f:
         try:
@@ -44,6 +38,6 @@ def locked(folder):
         except BlockingIOError:
             hint = "wait for it, or use another folder"
             raise UserError(f"another process is at work in {folder}; {hint}") from None
-        except (ImportError, OSError):
+        except (ImportError, OSError):  # Windows and some file systems have no such locks
             pass
         yield

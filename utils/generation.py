@@ -16,6 +16,33 @@ FORMATS = ("float32", "bfloat16", "int8")
 INT8_FROM = 1_000_000  # parameters; a smaller model fits into the processor's cache
 
 
+class KVCache:
+    """The keys and values of all tokens that one attention layer has seen so far."""
+
+    def __init__(self, block_size):
+        self.block_size = block_size
+        self.length = 0
+        self.k = None
+        self.v = None
+
+    def append(self, k, v):
+        """Add k, v (B, n_head, T, head_size) of T new tokens -> those of all tokens so far."""
+        if self.length == 0:
+            B, n_head, _, head_size = k.shape
+            self.k = k.new_empty(B, n_head, self.block_size, head_size)
+            self.v = torch.empty_like(self.k)
+        start = self.length
+        self.length += k.size(2)
+        self.k[:, :, start : self.length] = k
+        self.v[:, :, start : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+
+def new_cache(model):
+    """An empty cache for GPT.forward."""
+    return [KVCache(model.config.block_size) for _ in model.blocks]
+
+
 def generate(model, idx, max_new_tokens, **sampling):
     """Continue idx (B, T) -> (B, T + max_new_tokens). sampling: see generate_tokens."""
     return torch.cat([idx, *generate_tokens(model, idx, max_new_tokens, **sampling)], dim=1)
@@ -37,13 +64,13 @@ def generate_tokens(
         raise ValueError("causal=False: a model with bidirectional attention cannot generate")
     block_size = model.config.block_size
     new = idx
-    cache = model.new_cache()
+    cache = new_cache(model)
     for _ in range(max_new_tokens):
         if cache[0].length == block_size:
             # Positions are absolute, so the cached keys cannot shift. Keep the last half of the
             # context and compute it again.
             new = idx[:, -max(1, block_size // 2) :]
-            cache = model.new_cache()
+            cache = new_cache(model)
         logits = model(new, cache=cache)  # (B, 1, V)
         new = sample_token(logits[:, -1], temperature, top_k, top_p, generator)
         idx = torch.cat([idx, new], dim=1)

@@ -1,7 +1,7 @@
-"""Settings from a config file and flags, and a user's mistakes in one line instead of a traceback.
+"""Settings from a config file and flags, and a user's mistakes in one line.
 
-Settings are the fields of dataclasses: int, float, bool, str, or one of them or None, which is
-written "auto". The comment behind a field is its help.
+A setting is a field of a dataclass, and the comment behind it is its help. It is an int, float,
+bool or str; where it may be None, too, that is written "auto".
 """
 
 import argparse
@@ -46,18 +46,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)", status=2)
 
 
-def parse_bool(text):
-    if text.lower() not in ("true", "false"):
-        raise ValueError
-    return text.lower() == "true"
-
-
 def setting_type(kinds):
     """A type for argparse: the text of a flag -> a bool, int, float or str, or None for auto."""
-    parse = parse_bool if bool in kinds else kinds[0]
 
     def value(text):
-        return None if text == "auto" and types.NoneType in kinds else parse(text)
+        if text == "auto" and types.NoneType in kinds:
+            return None
+        if bool in kinds:
+            return ["false", "true"].index(text.lower()) == 1  # ValueError for other texts
+        return kinds[0](text)
 
     value.__name__ = kinds[0].__name__  # argparse prints it
     return value
@@ -72,11 +69,11 @@ def add_settings(parser, cls):
             continue
         kinds = typing.get_args(field.type) or (field.type,)
         options = {"type": setting_type(kinds), "metavar": kinds[0].__name__}
+        options["default"] = "auto" if field.default is None else field.default
+        options["help"] = f"{comments.get(field.name, '')} (%(default)s)"
         if bool in kinds:  # a bare --resume means --resume=true
             options |= {"nargs": "?", "const": True}
-        options["default"] = "auto" if field.default is None else field.default
-        comment = comments.get(field.name, "").replace("%", "%%")
-        group.add_argument(f"--{field.name}", help=f"{comment} (%(default)s)", **options)
+        group.add_argument(f"--{field.name}", **options)
 
 
 def build(cls, options):
