@@ -1,1 +1,1 @@
-# Makes this folder win over an installed package of the same name: "from config.gpt3_small import *".
+# Makes this folder a package, so that "from config.gpt3_small import *" finds this one first.

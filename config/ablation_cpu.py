@@ -1,6 +1,7 @@
-# The study on two CPU cores: 0.6 million parameters, 6 million bytes of Python's standard library a run. As it stands it
-# trains the baseline; python -m study.ablate sets the arm, the rate and the seed. A run takes about 12 minutes on
-# one core of an AMD EPYC (AVX2), beside another, and 6 on an Intel Xeon's (AVX-512). Why this recipe: study/README.md.
+# The studies' recipe for two CPU cores: 0.6 million parameters, 6 million bytes of Python's
+# standard library a run. As it stands it trains the baseline; python -m study.ablate sets the arm,
+# the rate and the seed. A run takes about 12 minutes on one core of an AMD EPYC (AVX2), beside
+# another run, and 6 on an Intel Xeon's (AVX-512).
 
 dataset = "stdlib"  # as bytes; prepared on first use
 query_mode = "linear"
@@ -13,4 +14,4 @@ beta2 = 0.95
 
 eval_interval = 1500  # once the decay has finished, on all of val.bin
 log_interval = 10
-dtype, compile = "float32", False  # on every machine, so that runs on different ones can be compared
+dtype, compile = "float32", False  # on every machine, so that runs on different ones compare

@@ -1,5 +1,5 @@
-# A small encoder, on the standard library's source as in the quickstart: of each sequence 30 % is masked, and predicted from
-# both sides. Two minutes on two CPU cores. Fill holes with it:
+# A small encoder on the standard library's source, as in the quickstart: 30 % of each sequence is
+# masked, and predicted from both sides. Two minutes on two CPU cores. Fill in masks with it:
 #   python sample.py out/encoder_quickstart --prompt="def __init__(se<mask><mask>, name):"
 
 dataset = "stdlib"  # as bytes; prepared on first use
@@ -14,4 +14,4 @@ beta2 = 0.99
 
 eval_interval, eval_tokens = 1000, 100_000
 log_interval = 50
-dtype, compile = "float32", False  # so small a model gains nothing from bfloat16 or a compiler
+dtype, compile = "float32", False  # a model this small gains nothing from bfloat16 or a compiler

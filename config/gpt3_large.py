@@ -1,8 +1,8 @@
-# GPT-3 large with a linear query: shape and rate of GPT-3's table 2.1 (arXiv:2005.14165), whose batch, 0.5 million
-# tokens, is that of config/gpt3_small.py, which tells what it needs; as many steps. To expect: validation loss 2.6247,
-# as an audit of the paper's code reports (github.com/25simsa1/1beyond_query_linearity); with two other orders of the
-# data its runs diverged. With --qk_norm it reports 2.6165, and 2.5403 at --learning_rate=1.5e-3 --min_lr=1e-5. Not run
-# here.
+# GPT-3 large with a linear query: shape and rate of GPT-3's table 2.1 (arXiv:2005.14165); batch,
+# steps and hardware of config/gpt3_small.py. To expect: validation loss 2.6247, as an audit of the
+# paper's code reports (github.com/25simsa1/1beyond_query_linearity); with two other orders of the
+# data its runs diverged. With --qk_norm it reports 2.6165, and 2.5403 at --learning_rate=1.5e-3
+# --min_lr=1e-5. We have not run it.
 
 from config.gpt3_small import *  # noqa: F403
 

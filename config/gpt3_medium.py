@@ -1,6 +1,5 @@
-# GPT-3 medium with a linear query: shape and rate of GPT-3's table 2.1 (arXiv:2005.14165), whose batch, 0.5 million
-# tokens, is that of config/gpt3_small.py, which tells what it needs; as many steps. We know of no published result. Not
-# run here.
+# GPT-3 medium with a linear query: shape and rate of GPT-3's table 2.1 (arXiv:2005.14165); batch,
+# steps and hardware of config/gpt3_small.py. We know of no published result, and have not run it.
 
 from config.gpt3_small import *  # noqa: F403
 

@@ -1,10 +1,12 @@
-# GPT-3 small with a linear query: the baseline of the paper (arXiv:2603.13381) and the recipe that its other
-# arms start from. 60,002 steps of 491,520 tokens: 29.5 billion tokens, 3.3 epochs of OpenWebText.
+# GPT-3 small with a linear query: the baseline of the paper (arXiv:2603.13381), and the recipe that
+# its other arms start from. 60,002 steps of 491,520 tokens are 29.5 billion tokens, 3.3 epochs of
+# OpenWebText.
 #
-# Needs OpenWebText (python prepare_data.py openwebtext) and, in practice, one or more data-centre GPUs;
-# on several: torchrun --standalone --nproc_per_node=8 train.py config/gpt3_small.py. Out of memory? Halve batch_size
-# and double gradient_accumulation_steps: the steps stay the same.
-# To expect: validation loss 2.956 near the end, as the paper reports (v1). Not run to the end here.
+# It needs OpenWebText (python prepare_data.py openwebtext) and one or more data-centre GPUs; on
+# several: torchrun --standalone --nproc_per_node=8 train.py config/gpt3_small.py. Out of memory?
+# Halve batch_size and double gradient_accumulation_steps: the steps stay the same.
+# To expect: validation loss 2.956 near the end, as the paper reports (v1). We have not run it to
+# the end.
 
 dataset = "openwebtext"
 block_size = 1024
