@@ -1,9 +1,11 @@
-"""Queries that the studies compare beside model.py's three: python -m study.queries CONFIG ... is train.py with them, and
-python -m study.queries sample RUN ... is sample.py.
+"""Candidate queries, which the studies compare with the three of model.py.
 
-Each comes through the door that model.py offers: a class in QUERIES. x (B, T, d) is the attention layer's input after ln_1,
-q (B, T, d); N is an RMSNorm of each head without gains. A gain per channel on q, or per head without a norm, could be
-absorbed by W_K; only a factor that depends on the token adds something.
+    python -m study.queries CONFIG ...       train.py with these queries
+    python -m study.queries sample RUN ...   sample.py with these queries
+
+x (B, T, d) is the attention layer's input after ln_1, q (B, T, d) the query, f the paper's f, and
+N an RMSNorm of each head without gains. A fixed gain on a channel of q adds nothing, because W_K
+can absorb it; a factor that depends on the token does.
 """
 
 import sys
@@ -20,41 +22,37 @@ from utils.settings import run_program
 
 
 def linear(d_in, d_out, std, bias=False):
-    """A linear layer whose weights start normally distributed with this standard deviation."""
+    """A linear layer whose weights start with this standard deviation."""
     layer = nn.Linear(d_in, d_out, bias=bias)
     layer.init_std = std
     return layer
 
 
 def nonlinear(config):
-    """The paper's query, with r = d/2, for a config of any query mode."""
+    """The paper's query with r = d/2, for a config of any query mode."""
     return NonlinearQuery(replace(config, query_mode="nonlinear"))
 
 
 def per_head(x, n_head):
-    """N(x): x (..., d) with each head's part normalised to a mean square of 1."""
+    """N(x): x (..., d) with each head's part scaled to a mean square of 1."""
     heads = x.unflatten(-1, (n_head, -1))
     return F.rms_norm(heads, heads.shape[-1:], eps=1e-5).flatten(-2)
 
 
 class HeadGains(nn.Module):
-    """x (..., d) -> x with each head's part times a learned number, 1 at the start."""
-
-    init_gain = 1.0
+    """x (..., d) -> x with each head's part times a learned gain, which starts at 1."""
 
     def __init__(self, n_head):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_head))
+        self.weight = nn.Parameter(torch.ones(n_head))
 
     def forward(self, x):
-        return (x.unflatten(-1, (len(self.weight), -1)) * self.weight[:, None]).flatten(-2)
-
-
-# Other starts of the paper's three.
+        heads = x.unflatten(-1, (len(self.weight), -1))
+        return (heads * self.weight[:, None]).flatten(-2)
 
 
 class MatchedLinearQuery(LinearQuery):
-    """q = x W_Q, but as large at the start as the nonlinear one: x and f(x) have variance 1, so their mean has 1/2."""
+    """q = x W_Q, which starts with the variance of the nonlinear query, 1/2."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -62,7 +60,7 @@ class MatchedLinearQuery(LinearQuery):
 
 
 class AnchoredLinearQuery(nn.Module):
-    """q = x/2 + x W, W = 0 at the start: linear, so what it gains over linear is not the nonlinearity's."""
+    """q = x/2 + x W with W = 0 at the start: linear, but it starts where the identity query is."""
 
     def __init__(self, config):
         super().__init__()
@@ -73,18 +71,15 @@ class AnchoredLinearQuery(nn.Module):
 
 
 class ZeroNonlinearQuery(NonlinearQuery):
-    """The paper's query with the gain of its last LayerNorm 0 at the start, where q = x/2."""
+    """The paper's query with the gain of its LayerNorm 0 at the start, so that q starts at x/2."""
 
     def __init__(self, config):
         super().__init__(replace(config, query_mode="nonlinear"))
-        self.layer_norm.init_gain = 0.0
-
-
-# Other functions of x.
+        nn.init.zeros_(self.layer_norm.weight)
 
 
 class GatedQuery(nn.Module):
-    """q = x sigmoid(x W), W = 0 at the start, where q = x/2; d² parameters."""
+    """q = x sigmoid(x W) with W = 0 at the start, where q = x/2; d² parameters."""
 
     def __init__(self, config):
         super().__init__()
@@ -95,35 +90,38 @@ class GatedQuery(nn.Module):
 
 
 class TemperatureQuery(nn.Module):
-    """q = x softplus(x w + b) in each head: an inverse temperature that depends on the token; (d + 1) n_head parameters. At the
-    start q = x/2. Selective self-attention (arXiv:2411.12892) scales queries so too, but keeps W_Q, and has more terms."""
+    """q = x softplus(x w + b) in each head: an inverse temperature that depends on the token.
+
+    Selective self-attention (arXiv:2411.12892) does the same to x W_Q; here W_Q is gone.
+    """
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.w = config.n_head, linear(config.n_embd, config.n_head, 0.0, bias=True)
+        self.n_head = config.n_head
+        self.w = linear(config.n_embd, config.n_head, 0.0, bias=True)
 
     def forward(self, x):
-        temperature = F.softplus(self.w(x) - 0.43275212956718856)  # softplus of this number is 1/2
-        return (x.unflatten(-1, (self.n_head, -1)) * temperature.unsqueeze(-1)).flatten(-2)
+        temperature = F.softplus(self.w(x) - 0.43275212956718856)  # 1/2 at the start
+        heads = x.unflatten(-1, (self.n_head, -1))
+        return (heads * temperature.unsqueeze(-1)).flatten(-2)
 
 
 class SwiGLUQuery(nn.Module):
-    """q = x/2 + (x A * SiLU(x B)) C with r = d // 3, C = 0 at the start, where q = x/2; 3dr parameters, d² up to rounding."""
+    """q = x/2 + (x A * SiLU(x B)) C with r = d // 3 and C = 0 at the start; 3dr parameters."""
 
     def __init__(self, config):
         super().__init__()
         d, r = config.n_embd, config.n_embd // 3
-        self.a, self.b, self.c = linear(d, r, 0.02), linear(d, r, 0.02), linear(r, d, 0.0)
+        self.a = linear(d, r, 0.02)
+        self.b = linear(d, r, 0.02)
+        self.c = linear(r, d, 0.0)
 
     def forward(self, x):
         return 0.5 * x + self.c(self.a(x) * F.silu(self.b(x)))
 
 
-# Normalised per head: the keys, and the query too.
-
-
 class KeyNormAttention(Attention):
-    """Attention with k normalised per head."""
+    """Attention with keys N(k)."""
 
     def heads(self, x):
         q, k, v = super().heads(x)
@@ -131,26 +129,30 @@ class KeyNormAttention(Attention):
 
 
 class PerHeadNonlinearQuery(nn.Module):
-    """q = N(x) + g N(f(x)), with a gain g for each head, and k normalised per head."""
+    """q = N(x) + g N(f(x)) with a gain g for each head, and keys N(k)."""
 
     attention = KeyNormAttention
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.nonlinear, self.gains = config.n_head, nonlinear(config), HeadGains(config.n_head)
+        self.n_head = config.n_head
+        self.nonlinear = nonlinear(config)
+        self.gains = HeadGains(config.n_head)
 
     def forward(self, x):
-        return per_head(x, self.n_head) + self.gains(per_head(self.nonlinear.f(x), self.n_head))
+        f = self.nonlinear.f(x)
+        return per_head(x, self.n_head) + self.gains(per_head(f, self.n_head))
 
 
 class PerHeadLinearQuery(nn.Module):
-    """q = N(x) + g N(x W), and k normalised per head: the one above with x W in place of f."""
+    """q = N(x) + g N(x W): the query above with a linear map in the place of f."""
 
     attention = KeyNormAttention
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.gains = config.n_head, HeadGains(config.n_head)
+        self.n_head = config.n_head
+        self.gains = HeadGains(config.n_head)
         self.w = linear(config.n_embd, config.n_embd, 0.02)
 
     def forward(self, x):
@@ -158,15 +160,16 @@ class PerHeadLinearQuery(nn.Module):
 
 
 def qk_normed(make):
-    """The class of q = g N(q') of another query q', with a gain g for each head, and k normalised per head: QK-norm with
-    gains."""
+    """The class of q = g N(q') for another query q', with a gain g for each head and keys N(k)."""
 
     class QKNormQuery(nn.Module):
         attention = KeyNormAttention
 
         def __init__(self, config):
             super().__init__()
-            self.n_head, self.inner, self.gains = config.n_head, make(config), HeadGains(config.n_head)
+            self.n_head = config.n_head
+            self.inner = make(config)
+            self.gains = HeadGains(config.n_head)
 
         def forward(self, x):
             return self.gains(per_head(self.inner(x), self.n_head))
@@ -174,12 +177,8 @@ def qk_normed(make):
     return QKNormQuery
 
 
-# The d² parameters elsewhere: are they better spent on something else than the query?
-
-
 class GatedAttention(Attention):
-    """Attention whose output is gated before the output projection: y sigmoid(x W); d² parameters. Gated attention
-    (arXiv:2505.06708) is this beside W_Q."""
+    """Attention with a gate, y sigmoid(x W), before the output projection (arXiv:2505.06708)."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -189,92 +188,91 @@ class GatedAttention(Attention):
         q, k, v = self.heads(x)
         if cache is not None:
             k, v = cache.append(k, v)
+        causal = self.causal and q.size(2) > 1
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=self.causal and q.size(2) > 1)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
         y = y.transpose(1, 2).flatten(2) * self.gate(x).sigmoid()  # (B, T, d)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
 class IdentityGatedQuery(IdentityQuery):
-    """The identity query, and the d² of W_Q in a gate after attention."""
+    """q = x/2, and a gate after attention with as many parameters as W_Q."""
 
     attention = GatedAttention
 
 
 class NonlinearKey(nn.Module):
-    """x (B, T, d) -> key and value side by side (B, T, 2d): the key (x + f(x)) / 2, the value linear."""
+    """x (B, T, d) -> key (x + f(x)) / 2 and linear value, side by side (B, T, 2d)."""
 
     def __init__(self, config):
         super().__init__()
-        self.linear, self.nonlinear = nn.Linear(config.n_embd, config.n_embd, bias=config.bias), nonlinear(config)
+        self.linear = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.nonlinear = nonlinear(config)
 
     def forward(self, x):
         return torch.cat((self.nonlinear(x), self.linear(x)), dim=-1)
 
 
 class NonlinearValue(NonlinearKey):
-    """The same with a linear key and the value (x + f(x)) / 2."""
+    """x -> linear key and value (x + f(x)) / 2."""
 
     def forward(self, x):
         return torch.cat((self.linear(x), self.nonlinear(x)), dim=-1)
 
 
 class MatchedValue(nn.Module):
-    """The same with both linear, and the value as large at the start as the nonlinear one."""
+    """x -> linear key and linear value, which starts with the variance of the nonlinear one."""
 
     def __init__(self, config):
         super().__init__()
         d = config.n_embd
-        self.key, self.value = linear(d, d, 0.02), linear(d, d, (2 * d) ** -0.5)
+        self.key = linear(d, d, 0.02)
+        self.value = linear(d, d, (2 * d) ** -0.5)
 
     def forward(self, x):
         return torch.cat((self.key(x), self.value(x)), dim=-1)
 
 
-def attention_with(make):
-    """The class of attention whose key and value come from another module."""
+def with_key_value(query, make):
+    """The class of a query whose attention takes keys and values from another module."""
 
     class KeyValueAttention(Attention):
         def __init__(self, config):
             super().__init__(config)
             self.key_value = make(config)
 
-    return KeyValueAttention
+    class QueryWithKeyValue(query):
+        attention = KeyValueAttention
 
-
-class LinearNonlinearKeyQuery(LinearQuery):
-    attention = attention_with(NonlinearKey)
-
-
-class LinearNonlinearValueQuery(MatchedLinearQuery):  # so that its logits start as large as with a nonlinear key
-    attention = attention_with(NonlinearValue)
-
-
-class MatchedQueryAndValue(MatchedLinearQuery):
-    attention = attention_with(MatchedValue)
+    return QueryWithKeyValue
 
 
 CANDIDATES = {
+    # The paper's queries with another start.
     "linear_matched": MatchedLinearQuery,
     "linear_anchored": AnchoredLinearQuery,
     "nonlinear_zero": ZeroNonlinearQuery,
+    # Other functions of x.
     "gated": GatedQuery,
     "temperature": TemperatureQuery,
     "swiglu": SwiGLUQuery,
+    # Queries and keys that are normalised in each head.
     "nonlinear_per_head": PerHeadNonlinearQuery,
     "linear_per_head": PerHeadLinearQuery,
     "linear_qk_gain": qk_normed(LinearQuery),
     "identity_qk_gain": qk_normed(IdentityQuery),
     "nonlinear_qk_gain": qk_normed(nonlinear),
+    # The d² parameters, or the nonlinearity, in another place than the query.
     "identity_gated": IdentityGatedQuery,
-    "nonlinear_key": LinearNonlinearKeyQuery,
-    "nonlinear_value": LinearNonlinearValueQuery,
-    "linear_matched_value": MatchedQueryAndValue,
+    "nonlinear_key": with_key_value(LinearQuery, NonlinearKey),
+    # The matched query makes the logits start as large as those of a nonlinear key.
+    "nonlinear_value": with_key_value(MatchedLinearQuery, NonlinearValue),
+    "linear_matched_value": with_key_value(MatchedLinearQuery, MatchedValue),
 }
 
 
 def register():
-    """Add them to model.py's; a query of that name there is a fork's own, and wins."""
+    """Add the candidates to model.py's QUERIES, where a fork's own query of that name wins."""
     for name, query in CANDIDATES.items():
         QUERIES.setdefault(name, query)
 

@@ -1,7 +1,8 @@
 """Why a linear query is redundant, in float64: python -m study.redundancy
 
-Attention sees x only in products with weights. Nothing changes when x becomes x theta and each weight that reads x
-takes up the inverse of theta. With theta = W_Q the query's own weight becomes the identity, and is not needed.
+Attention sees x only in products with weights. They stay the same if x becomes x theta and each
+weight that reads x is multiplied by the inverse of theta. With theta = W_Q the query's own weight
+becomes the identity, so it is not needed.
 """
 
 import torch
@@ -10,9 +11,10 @@ from model import GPT, GPTConfig
 
 
 def absorb(linear, identity):
-    """Give x of each layer the basis theta = W_Q of that layer, which the weights before and after it take up."""
+    """Give identity the weights of linear in the basis theta = W_Q of each layer."""
     identity.load_state_dict(linear.state_dict(), strict=False)
-    thetas = [2 * block.attn.query.w_q.weight.T for block in linear.blocks]  # 2, because the identity query is x / 2
+    # The identity query is x / 2, so theta is 2 W_Q.
+    thetas = [2 * block.attn.query.w_q.weight.T for block in linear.blocks]
     for written in (identity.wte.weight, identity.wpe.weight):
         written.copy_(written @ thetas[0])
     for block, theta, next_theta in zip(identity.blocks, thetas, [*thetas[1:], thetas[-1]]):
@@ -24,6 +26,7 @@ def absorb(linear, identity):
 
 
 def logits(model, idx, skips, norms):
+    """idx (B, T) -> logits (B, T, V) of the model with or without skip connections and norms."""
     x = model.wte(idx) + model.wpe.weight[: idx.size(1)]
     for block in model.blocks:
         for layer, norm in ((block.attn, block.ln_1), (block.mlp, block.ln_2)):
@@ -35,18 +38,24 @@ def logits(model, idx, skips, norms):
 @torch.no_grad()
 def main():
     torch.manual_seed(1)
-    idx, shape = torch.randint(50, (2, 32)), {"n_layer": 3, "n_head": 4, "n_embd": 64, "tie_weights": False}
-    linear, identity = (GPT(GPTConfig(32, 50, query_mode=mode, **shape)).double() for mode in ("linear", "identity"))
-    for parameter in linear.parameters():  # large, so that the queries matter
+    idx = torch.randint(50, (2, 32))
+    shape = {"n_layer": 3, "n_head": 4, "n_embd": 64, "tie_weights": False}
+    linear = GPT(GPTConfig(32, 50, query_mode="linear", **shape)).double()
+    identity = GPT(GPTConfig(32, 50, query_mode="identity", **shape)).double()
+    for parameter in linear.parameters():  # large weights, so that the queries matter
         torch.nn.init.normal_(parameter, std=1.5 * parameter.size(-1) ** -0.5)
-    cases = {"without norms, skips and a tied head": (False, False)}
-    cases |= {"with skips, one W_Q for all layers": (True, False), "the same with LayerNorms": (True, True)}
-    for what, (skips, norms) in cases.items():
+    for name, skips, norms in (
+        ("without norms, skips and a tied head", False, False),
+        ("with skips, one W_Q for all layers", True, False),
+        ("the same with LayerNorms", True, True),
+    ):
         absorb(linear, identity)
-        a, b = logits(linear, idx, skips, norms), logits(identity, idx, skips, norms)
+        a = logits(linear, idx, skips, norms)
+        b = logits(identity, idx, skips, norms)
         off = (a - b).abs().max() / a.abs().max()
-        print(f"{what}: {'exact' if off < 1e-10 else 'not exact'}, off by {off:.1g} times the largest logit")
-        for block in linear.blocks:  # from the second case on
+        exact = "exact" if off < 1e-10 else "not exact"
+        print(f"{name}: {exact}, off by {off:.1g} times the largest logit")
+        for block in linear.blocks:  # the layers share one W_Q from the second case on
             block.attn.query = linear.blocks[0].attn.query
 
 
