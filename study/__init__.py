@@ -1,1 +1,1 @@
-# Comparing queries: many runs, each arm at its own best rate, and what was found; see README.md here.
+# A tool that compares queries, each at its own best learning rate; see README.md here.

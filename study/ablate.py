@@ -3,10 +3,9 @@
     python -m study.ablate CONFIG [--arm=A,B,...] [--key=v1,v2,...] [options]
     python -m study.ablate @PLAN     PLAN is a file that holds such arguments
 
-An arm is a row of the table in study/ablate.py or, without --arm, each combination of the other
-keys. The first arm is the baseline. The tuning seeds try the given rates and more in steps of
-sqrt(2), until an arm's best rate lies between two others. Then the seeds of --seed measure the arm
-at this rate. After an interruption the same command continues.
+Without --arm, each combination of the keys is an arm; the first arm is the baseline. The tuning
+seeds try the given rates and more in steps of sqrt(2), until an arm's best rate lies between two
+others. Then the seeds of --seed measure it there. After an interruption the same command continues.
 """
 
 import argparse

@@ -47,19 +47,13 @@ def write(study, command):
 
 
 def about(study):
-    """What the runs are, and on what they ran."""
+    """How many runs there are, on which data, and where they ran."""
     configs = [record["config"] for record in study.records.values()]
-
-    def seen(part, key):
-        return ", ".join(sorted({f"{config[part][key]}" for config in configs}))
-
-    machines = "; ".join(sorted({config["device"] for config in configs}))
-    return (
-        f"{len(configs)} runs, {study.to_go()} to go: {seen('settings', 'max_iters')} steps on "
-        f"{seen('data', 'source')}; {seen('model', 'n_layer')} layers, "
-        f"d {seen('model', 'n_embd')}. {machines}; torch {seen('versions', 'torch')}. "
-        f"Tuning seeds: {study.tuning_seeds}; measuring seeds: {study.seeds}."
-    )
+    data = {config["data"]["source"] for config in configs}
+    machines = {f"{config['device']}, torch {config['versions']['torch']}" for config in configs}
+    lines = f"{len(configs)} runs of {study.config}, {study.to_go()} to go. "
+    lines += f"Tuning seeds: {study.tuning_seeds}; measuring seeds: {study.seeds}. "
+    return f"{lines}{'; '.join(sorted(data) + sorted(machines))}."
 
 
 def table(header, rows):

@@ -1,4 +1,4 @@
-"""study/: a tiny study for real, its report, and the published one, whose numbers are recomputed."""
+"""study/: a tiny study, its report, and the published one, whose numbers are recomputed."""
 
 import json
 import math
@@ -96,7 +96,7 @@ def test_a_grid_is_complete_and_so_is_its_report(grid):
             assert all(2 < loss < 4 and norm > 0 for _, loss, norm in line["curve"])
     text = Path("r/report.md").read_text()
     assert f"python -m study.ablate {' '.join(GRID)}\n" in text
-    assert "8 runs, 0 to go: 12 steps on tiny.txt; 1 layers, d 16." in text
+    assert "8 runs of tiny.py, 0 to go." in text and " tiny.txt; " in text
     for arm in (LINEAR, NONLINEAR):
         x = np.array([losses()[f"{arm}-lr0.01-seed{seed}"] for seed in (1, 2)])
         row = f"\n| {arm} | 0.01 | {x.mean():.4f} ± {x.std(ddof=1):.4f} (2) | 0 of 2 |"
@@ -208,8 +208,7 @@ def train_run(arm, seed, *flags, folder="r"):
 
 
 def test_an_unfinished_run_with_other_settings_is_refused(grid):
-    train_run(LINEAR, 1, "--max_iters=8", folder="new")
-    name = f"new/{re.escape(LINEAR)}-lr0.01-seed1"
+    name = re.escape(str(train_run(LINEAR, 1, "--max_iters=8", folder="new")))
     with pytest.raises(UserError, match=f"{name}: .*max_iters was 8, now is 12; choose another"):
         ablate.main([*GRID[:-1], "--out=new"])
 
@@ -281,8 +280,7 @@ def test_a_grid_that_is_killed_continues_where_it_was(number):
         time.sleep(0.02)
     process.send_signal(number)
     process.communicate(timeout=60)
-    killed = number == signal.SIGKILL
-    assert process.returncode == (-signal.SIGKILL if killed else 128 + signal.SIGTERM)
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 128 + 15}[number]
     before = records() if Path("r/runs.jsonl").exists() else {}
     again = run("-m", "study.ablate", *GRID, *longer)
     assert again.returncode == 0 and len(before) < 8
@@ -290,17 +288,14 @@ def test_a_grid_that_is_killed_continues_where_it_was(number):
     assert all(records()[name] == before[name] for name in before)
     resumed = records()[f"{LINEAR}-lr0.01-seed2"]["config"]["resumed"]
     assert resumed[0]["at_step"] >= 50
-    whole = train_run(LINEAR, 2, *longer, folder="whole") / "summary.json"
-    expected = json.loads(whole.read_text())["final_val_loss"]
-    assert losses()[f"{LINEAR}-lr0.01-seed2"] == pytest.approx(expected, rel=1e-6)
+    whole = RunFolder(train_run(LINEAR, 2, *longer, folder="whole")).read_json("summary.json")
+    loss = losses()[f"{LINEAR}-lr0.01-seed2"]
+    assert loss == pytest.approx(whole["final_val_loss"], rel=1e-6)
 
 
 @pytest.fixture
 def simulated(monkeypatch):
-    """A function that makes a maker of empty studies, and lists the runs that they start.
-
-    Their runs end with the loss that a function gives; patience() says how long they take.
-    """
+    """loss -> a maker of empty studies, whose runs end with that loss, and the started runs."""
 
     def simulate(loss, devices, rates, patience=lambda: 0):
         started = []
@@ -361,33 +356,27 @@ STUDY_README = (ROOT / "study/README.md").read_text("utf-8")
 TEXT = " ".join(STUDY_README.split())
 
 
-def test_the_published_report_is_that_of_the_records(tmp_path):
+def test_the_published_report_and_its_pictures_show_every_run(tmp_path):
     study, command = runs.load(FINAL), json.loads((FINAL / "study.json").read_text())["command"]
-    assert len(study.records) == len(records(FINAL)) == 130 and study.to_go() == 0
     study.folder = tmp_path / FINAL.name
     study.folder.mkdir()
     report.write(study, command)
     assert (study.folder / "report.md").read_bytes() == (FINAL / "report.md").read_bytes()
-
-
-def test_the_pictures_show_every_run(tmp_path):
-    study = runs.load(FINAL)
-    study.folder = tmp_path
-    final = {name: line["summary"]["final_val_loss"] for name, line in records(FINAL).items()}
+    final = [line["summary"]["final_val_loss"] for line in records(FINAL).values()]
     drawn = [line.get_ydata() for line in report.draw_rates(study).axes[0].lines]
     drawn = [y for of_arm in drawn if len(of_arm) > 2 for y in of_arm]
-    assert sorted(drawn) == sorted(final.values())
-    x = {arm: study.losses(arm) for arm in study.arms}  # checked against the records below
-    base = x.pop("linear")
-    arms = sorted(x, key=lambda arm: -x[arm].mean())
+    assert len(final) == 130 and study.to_go() == 0 and sorted(drawn) == sorted(final)
+    # The losses and intervals are checked against the records below.
+    base = study.losses("linear")
+    rows = study.compare([(arm, "linear") for arm in study.arms if arm != "linear"])
+    rows.sort(key=lambda row: -row.mean)
     axes = report.draw_arms(study).axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == arms
+    assert [label.get_text() for label in axes.get_yticklabels()] == [row.arm for row in rows]
     marks = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 8]
     bars = [bar.get_segments()[0][:, 0] for bar in axes.collections]
-    for arm, of_seeds, bar in zip(arms, marks, bars, strict=True):
-        assert of_seeds == pytest.approx(100 * (x[arm] - base) / base.mean())
-        (row,) = study.compare([(arm, "linear")])
+    for row, of_seeds, bar in zip(rows, marks, bars, strict=True):
         assert bar == pytest.approx([row.low, row.high])
+        assert of_seeds == pytest.approx(100 * (study.losses(row.arm) - base) / base.mean())
 
 
 def test_every_number_of_the_published_report_is_recomputed():

@@ -1,4 +1,4 @@
-"""study/redundancy.py: a linear query is absorbed by its neighbours exactly where theory says so."""
+"""study/redundancy.py: neighbours absorb a linear query exactly where theory says so."""
 
 import pytest
 import torch
@@ -13,24 +13,29 @@ from study import redundancy
     [
         (False, False, False, True),
         (True, False, True, True),
-        (True, False, False, False),  # through all layers runs one basis, and the first layer's is not the others'
+        (True, False, False, False),  # one basis for all layers, but each layer has its own W_Q
         (True, True, True, False),  # no change of basis passes through a LayerNorm
     ],
 )
 @torch.no_grad()
 def test_a_linear_query_can_be_absorbed_exactly(skips, norms, shared, exact, causal):
-    """Without skips always, with skips where the layers share one W_Q, with LayerNorms not."""
-    config = dict(block_size=12, vocab_size=20, n_layer=3, n_head=2, n_embd=16, tie_weights=False, causal=causal)
-    linear, identity = (GPT(GPTConfig(query_mode=mode, **config)).double() for mode in ("linear", "identity"))
+    shape = {"block_size": 12, "vocab_size": 20, "n_layer": 3, "n_head": 2, "n_embd": 16}
+    shape |= {"tie_weights": False, "causal": causal}
+    linear = GPT(GPTConfig(query_mode="linear", **shape)).double()
+    identity = GPT(GPTConfig(query_mode="identity", **shape)).double()
     generator = torch.Generator().manual_seed(3)
     for p in linear.parameters():
         torch.nn.init.normal_(p, std=1.5 * p.size(-1) ** -0.5, generator=generator)
     for block in linear.blocks:
         block.attn.query = linear.blocks[0].attn.query if shared else block.attn.query
     idx = torch.randint(20, (4, 12), generator=generator)
-    logits = lambda model: redundancy.logits(model, idx, skips, norms)  # noqa: E731
-    off = lambda: ((logits(linear) - logits(identity)).abs().max() / logits(linear).abs().max()).item()  # noqa: E731
-    assert not norms or torch.equal(logits(linear), linear(idx)[0])
+    expected = redundancy.logits(linear, idx, skips, norms)
+    assert not norms or torch.equal(expected, linear(idx)[0])
+
+    def off():
+        error = (expected - redundancy.logits(identity, idx, skips, norms)).abs().max()
+        return (error / expected.abs().max()).item()
+
     left_over = identity.load_state_dict(linear.state_dict(), strict=False).unexpected_keys
     assert left_over == [f"blocks.{n}.attn.query.w_q.weight" for n in range(3)]
     assert off() > 1e-2  # W_Q does something
@@ -40,4 +45,5 @@ def test_a_linear_query_can_be_absorbed_exactly(skips, norms, shared, exact, cau
 
 def test_the_redundancy_in_numbers(capsys):
     redundancy.main()
-    assert [": exact, " in line for line in capsys.readouterr().out.splitlines()] == [True, True, False]
+    lines = capsys.readouterr().out.splitlines()
+    assert [": exact, " in line for line in lines] == [True, True, False]
