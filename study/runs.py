@@ -190,7 +190,7 @@ def start(study, run, device):
     """Begin or resume a run in its folder, where log.txt gets its output -> its process."""
     folder = study.folder / str(run)
     resume = (folder / "config.json").exists()
-    own = [f"--out_dir={folder}", f"--device={device or 'auto'}", f"--resume={resume}"]
+    own = [f"--out_dir={folder}", f"--device={device or 'auto'}", f"--resume={resume}".lower()]
     command = [sys.executable, "-m", "study.queries", study.config, *flags(study, run), *own]
     root = str(Path(__file__).parent.parent)
     path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
