@@ -21,7 +21,7 @@ class GPTConfig:
     """The architecture; by default GPT-3 small with a nonlinear query. ValueError if invalid."""
 
     block_size: int = 1024  # longest sequence that the model can see, in tokens
-    vocab_size: int | None = 50304  # number of token ids; train.py takes that of the data for auto
+    vocab_size: int | None = 50304  # number of token ids; in train.py auto: that of the data
     n_layer: int = 12  # transformer blocks
     n_head: int = 12  # attention heads in each block
     n_embd: int = 768  # width d of the residual stream
@@ -50,12 +50,12 @@ class GPTConfig:
 
 
 # The three queries. x (B, T, d) is the block's input after ln_1, and each returns q (B, T, d).
-# Nothing else in the model depends on the query mode, not even the softmax scale.
+# Nothing else differs between models with these three, not even the softmax scale.
 #
 # Without LayerNorms, skips and weight tying, W_Q can be folded into its neighbours exactly, which
 # leaves q = x. With them, q = x still trains about as well (reported). So the paper spends W_Q's
-# parameters on a nonlinear query: the mean of x and f(x). Both leave a LayerNorm, so they start
-# at equal size. The identity query is that mean with f = 0.
+# parameters on a nonlinear query: the mean of x and f(x). Both are outputs of a LayerNorm, so they
+# start at equal size. The identity query is that mean with f = 0.
 
 
 class LinearQuery(nn.Module):
@@ -80,7 +80,7 @@ class IdentityQuery(nn.Module):
 
 
 class NonlinearQuery(nn.Module):
-    """q = (x + f(x)) / 2                                         parameters: 2dr + 2d (+ r + 2d)
+    """q = (x + f(x)) / 2                                  parameters: 2dr + 2d (+ r + 2d biases)
 
     f(x) = LayerNorm(GELU(RMSNorm(x) W_1) W_2). With r = d/2 it has d² + 2d parameters, the
     budget of W_Q.
@@ -215,11 +215,11 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None):
         """Token ids idx (B, T) -> logits (B, T, V), or with targets (B, T) the loss.
 
-        The loss is the mean cross-entropy in nats over the targets that are not -1. It comes alone:
-        beside logits, torch.compile would allocate a gradient (B, T, V) for them.
-        With a cache, a KVCache of utils/generation.py for each layer, idx is the prompt on the
-        first call and one new token on each later call, and the logits (B, 1, V) are those of the
-        last position. ValueError where the tokens exceed block_size.
+        The loss is the mean cross-entropy in nats over the targets that are not -1. Logits are not
+        returned with it, because torch.compile would then allocate a gradient (B, T, V) for them.
+        cache is a list with a KVCache (utils/generation.py) for each block. With one, idx is the
+        prompt on the first call and one new token on each later call, and the logits (B, 1, V) are
+        those of the last position. ValueError where the tokens exceed block_size.
         """
         T = idx.size(1)
         start = cache[0].length if cache else 0
@@ -233,7 +233,7 @@ class GPT(nn.Module):
             x = block(x, cache[layer] if cache else None)
         if cache:
             x = x[:, -1:]  # (B, 1, d): sampling needs no other position
-        logits = self.lm_head(self.ln_f(x))  # (B, T, V)
+        logits = self.lm_head(self.ln_f(x))  # (B, T, V), or (B, 1, V) with a cache
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)

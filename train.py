@@ -55,7 +55,7 @@ class Settings:
     beta2: float = 0.95  # AdamW's decay of the mean squared gradient
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
     # evaluation and logging
-    eval_interval: int = 1000  # steps between evaluations, each of which saves a checkpoint
+    eval_interval: int = 1000  # steps between evaluations; each but the first saves a checkpoint
     eval_tokens: int | None = None  # evaluate on the first eval_tokens of val.bin; auto: all
     log_interval: int = 10  # steps between log lines
     wandb_log: bool = False  # log to Weights & Biases, too (needs the package wandb)
@@ -76,7 +76,7 @@ def get_offsets(data, seed, step, n):
 
 
 def get_windows(data, split, offsets, end):
-    """The tokens at offsets (n,) -> (n, block_size + 1) int64, with -1 at or past end."""
+    """The tokens at offsets (n,) -> (n, block_size + 1) int64; -1 from position end of the file."""
     tokens = data.tokens(split)[:end]
     windows = np.full((len(offsets), data.block_size + 1), -1, np.int64)
     for window, offset in zip(windows, offsets):
@@ -88,37 +88,38 @@ def get_windows(data, split, offsets, end):
     return windows
 
 
-def mask_tokens(x, mask_id, settings, offsets, key):
+def mask_tokens(x, mask_id, settings, offsets, mask_key):
     """For an encoder: tokens x (n, block_size) -> inputs and targets of the same shape.
 
     The targets are the masked tokens, and -1 elsewhere; the inputs have mask_id in their place.
-    Which ones are masked is a pure function of (key, offset). All become the mask: BERT's random
-    replacements are not needed (arXiv:2202.08005).
+    Which ones are masked is a pure function of (mask_key, offset). All become the mask: the random
+    replacements of BERT are not needed (arXiv:2202.08005).
     """
     n, block_size = x.shape
     raw = np.empty((n, block_size), np.uint64)
     for row, offset in zip(raw, offsets.tolist()):
-        row[:] = np.random.Philox(key=derive_seed(*key, offset)).random_raw(block_size)
-    # The same number in each sequence, so that all micro-batches weigh the same.
+        row[:] = np.random.Philox(key=derive_seed(*mask_key, offset)).random_raw(block_size)
+    # Each sequence has the same number of masks, so that all micro-batches weigh the same. They
+    # stand where the random numbers are smallest.
     count = max(1, round(settings.mask_share * block_size))
     masked = raw <= np.sort(raw)[:, count - 1 : count]
     return np.where(masked, mask_id, x), np.where(masked, x, -1)
 
 
-def get_batch(data, split, offsets, settings, key, end=None):
+def get_batch(data, split, offsets, settings, mask_key, end=None):
     """The sequences at offsets (n,) -> inputs x and targets y, (n, block_size) each, on the device.
 
-    A target of -1 stands at or past end, and is left out of the loss. key: see mask_tokens.
+    The loss ignores targets of -1: those from position end of the file, and unmasked tokens.
     """
     windows = get_windows(data, split, offsets, end)
     x, y = windows[:, :-1], windows[:, 1:]
     if settings.objective == "masked":
-        x, y = mask_tokens(x, data.vocab_size, settings, offsets, key)
+        x, y = mask_tokens(x, data.vocab_size, settings, offsets, mask_key)
     x = x.clip(min=0)  # padding needs a valid id; its target is -1
     batch = torch.from_numpy(np.stack([x, y]))
     if settings.device.startswith("cuda"):  # a copy from pinned memory overlaps with computation
-        batch = batch.pin_memory().to(settings.device, non_blocking=True)
-    return batch.to(settings.device).unbind()
+        batch = batch.pin_memory()
+    return batch.to(settings.device, non_blocking=True).unbind()
 
 
 def get_micro_batches(data, settings, step):
@@ -126,9 +127,10 @@ def get_micro_batches(data, settings, step):
     # Draw the whole step and then divide it, so that neither the size of a micro-batch nor the
     # number of processes changes the data.
     n = settings.gradient_accumulation_steps * settings.batch_size
-    offsets = get_offsets(data, settings.seed, step, n)
-    for part in offsets.reshape(-1, settings.batch_size)[rank() :: world_size()]:
-        yield get_batch(data, "train", part, settings, key=(settings.seed, "holes", step))
+    micro_batches = get_offsets(data, settings.seed, step, n).reshape(-1, settings.batch_size)
+    for offsets in micro_batches[rank() :: world_size()]:
+        mask_key = (settings.seed, "holes", step)
+        yield get_batch(data, "train", offsets, settings, mask_key)
 
 
 # ---- Evaluation and one step ---------------------------------------------------------------------
@@ -136,25 +138,25 @@ def get_micro_batches(data, settings, step):
 
 @torch.no_grad()
 def evaluate(model, data, settings):
-    """{"val_loss", "perplexity", "bits_per_byte"} over the tokens of val.bin (or eval_tokens).
+    """{"val_loss", "perplexity", "bits_per_byte"} over val.bin, or its first eval_tokens.
 
     val_loss is the mean in nats per token. The windows tile the file, so each token but the first
-    is predicted once, whatever the batch size and the number of processes. For an encoder it is
-    the mean over masked tokens, the same ones in every run, and there are no bits per byte.
+    is predicted once, whatever the batch size and the number of processes. For an encoder, val_loss
+    is the mean over masked tokens, the same ones in every run, and bits_per_byte is left out.
     """
     val = data.meta["val"]
     n = min(val["tokens"] - 1, settings.eval_tokens or math.inf)  # tokens to predict
-    if settings.objective == "masked":  # an encoder would see the padding of a last, shorter window
+    if settings.objective == "masked":  # whole windows: an encoder would see the padding of others
         n = max(data.block_size, n - n % data.block_size)
     offsets = np.arange(0, n, data.block_size)
-    padding = -len(offsets) % settings.batch_size
-    offsets = np.pad(offsets, (0, padding), constant_values=n + 1)  # windows without any target
+    missing = -len(offsets) % settings.batch_size  # windows without a target fill the last batch
+    offsets = np.pad(offsets, (0, missing), constant_values=n + 1)
     total = 0.0
     count = 0
     model.eval()
     for part in offsets.reshape(-1, settings.batch_size)[rank() :: world_size()]:
         # The key is fixed, so that every run masks the same tokens.
-        x, y = get_batch(data, "val", part, settings, key=("validation",), end=n + 1)
+        x, y = get_batch(data, "val", part, settings, mask_key=("validation",), end=n + 1)
         n_targets = (y >= 0).sum().item()
         with autocast(settings):
             total += model(x, y).item() * n_targets
@@ -191,7 +193,7 @@ def make_optimizer(model, settings):
 def train_step(model, optimizer, scaler, data, settings, step):
     """One update -> the mean loss of this process and the gradient norm before clipping.
 
-    Both are tensors on the device, so nothing here waits for it.
+    Both stay on the device: nothing in this function waits for it.
     """
     for group in optimizer.param_groups:
         group["lr"] = get_lr(settings, step)
@@ -199,7 +201,7 @@ def train_step(model, optimizer, scaler, data, settings, step):
     n_micro_batches = settings.gradient_accumulation_steps // world_size()
     mean_loss = torch.zeros((), device=settings.device)
     for number, (x, y) in enumerate(get_micro_batches(data, settings, step), 1):
-        if dist.is_initialized():  # exchange gradients once a step, after the last micro-batch
+        if dist.is_initialized():  # like no_sync(): exchange gradients after the last one only
             model.require_backward_grad_sync = number == n_micro_batches
         with autocast(settings):
             loss = model(x, y) / n_micro_batches
@@ -230,7 +232,8 @@ def save(run, model, optimizer, scaler, data, state, is_best=False):
     """Write ckpt.pt, from which --resume continues, and best.pt, which sample.py reads."""
     checkpoint = {"model": model.state_dict(), "config": asdict(model.config)}
     checkpoint |= {"tokenizer": data.tokenizer, "state": state}
-    if is_best:  # first: if we are killed between the two, best.pt is newer than ckpt.pt, not older
+    # best.pt comes first: if we are killed between the two, --resume comes here again.
+    if is_best:
         run.save("best.pt", checkpoint)
     training = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
     run.save("ckpt.pt", {**checkpoint, **training})
@@ -247,36 +250,35 @@ def restore(checkpoint, model, optimizer, scaler, state):
 
 
 def check_finite(value, run, step, settings):
-    """UserError where a loss or a sum of weights is not finite; the last checkpoint stays."""
+    """UserError where a loss, or a sum of weights, is not finite. The last checkpoint stays."""
     if not math.isfinite(value):
         run.log(step, diverged=True)
-        now = f"learning_rate (now {settings.learning_rate:g})"
-        hint = f"a lower {now} or a longer warm-up (now {settings.warmup_iters}) may help"
-        raise UserError(f"the loss is not finite at step {step}; {hint}")
+        hint = f"a lower learning_rate (now {settings.learning_rate:g}) or longer warm-up may help"
+        raise UserError(f"the loss or a weight is not finite at step {step}; {hint}")
 
 
 def train(settings, config):
-    """Train from step 0, or with --resume from ckpt.pt, to max_iters -> exit status."""
+    """Train until max_iters, from step 0 or with --resume from ckpt.pt. Returns the exit status."""
     if rank() == 0:
         prepare_if_small(settings.dataset)
-    barrier()
+    barrier()  # wait until rank 0 has prepared the data
     data = Dataset(settings.dataset, config.block_size)
     fit_to_data(config, settings, data)
     model = GPT(config, seed=settings.seed).to(settings.device)
     optimizer = make_optimizer(model, settings)
-    device_type = settings.device.split(":")[0]
-    scaler = torch.amp.GradScaler(device_type, enabled=settings.dtype == "float16")
+    scaler = torch.amp.GradScaler("cuda", enabled=settings.dtype == "float16")
     tokens_per_step = settings.batch_size * settings.gradient_accumulation_steps * config.block_size
     # The progress of the run. It holds no random state, since all seeds follow from the step.
     state = {"step": 0, "val": None, "best_val_loss": math.inf, "seconds": 0.0}
 
+    # stop collects signals; checkpoint is the content of ckpt.pt, or None for a new run.
     run = RunFolder(settings.out_dir, writes=rank() == 0 and not settings.eval_only)
     with run.open(describe(settings, model, data), settings) as checkpoint, stop_signals() as stop:
         if checkpoint:
             restore(checkpoint, model, optimizer, scaler, state)
         step = state["step"]
-        n = model.parameter_report()["total"]
-        print0(f"{run.path}: {config.query_mode} query, {n:,} parameters, from step {step}")
+        n_parameters = model.parameter_report()["total"]
+        print0(f"{run.path}: {config.query_mode} query, {n_parameters:,} parameters, step {step}")
         if settings.compile:
             model.compile()  # in place, so that the weights keep their names
         replica = model
@@ -287,31 +289,33 @@ def train(settings, config):
         lap = None  # the step and the time from which the speed is measured
 
         while True:
-            # Stop at a signal to any of the processes.
-            state.update(step=step, seconds=time.perf_counter() - started)
+            # Signals count here only, between steps. One to any process stops all of them.
             if sum_over_ranks(len(stop), "cpu"):
                 check_finite(sum(p.sum() for p in model.parameters()), run, step, settings)
+                state.update(step=step, seconds=time.perf_counter() - started)
                 save(run, model, optimizer, scaler, data, state)
                 barrier()  # wait until rank 0 has saved; an exiting process would kill the others
                 print0(f"stopped after step {step} and saved; --resume continues")
-                return 128 + (stop or [signal.SIGTERM])[0]
+                return 128 + (stop[0] if stop else signal.SIGTERM)
 
             # Evaluate and save. After resuming, the checkpoint may already have the result.
             is_last = settings.eval_only or step >= settings.max_iters
-            is_evaluated = state["val"] is not None and state["val"]["step"] == step
-            is_due = is_last or step % settings.eval_interval == 0
-            if settings.eval_only or (is_due and not is_evaluated):
+            is_known = state["val"] is not None and state["val"]["step"] == step
+            is_due = (is_last or step % settings.eval_interval == 0) and not is_known
+            if is_due or settings.eval_only:
                 val = evaluate(replica, data, settings)
                 check_finite(val["val_loss"], run, step, settings)
-                is_best = val["val_loss"] < state["best_val_loss"]
-                state["val"] = {"step": step, **val}
-                state["best_val_loss"] = min(val["val_loss"], state["best_val_loss"])
                 text = " ".join(f"{name} {value:.4f}" for name, value in val.items())
                 print0(f"step {step}/{settings.max_iters} {text}")
-                run.log(step, **val, seconds=time.perf_counter() - started)
-                if step > 0:
+                seconds = time.perf_counter() - started
+                run.log(step, **val, seconds=seconds)
+                is_best = val["val_loss"] < state["best_val_loss"]
+                state.update(step=step, seconds=seconds, val={"step": step, **val})
+                state["best_val_loss"] = min(val["val_loss"], state["best_val_loss"])
+                if step > 0:  # the initial weights follow from the seed
                     save(run, model, optimizer, scaler, data, state, is_best)
-                lap = lap and (step, time.perf_counter())
+                if lap:  # leave the evaluation out of the speed
+                    lap = (step, time.perf_counter())
             if is_last:
                 break
 
@@ -319,22 +323,23 @@ def train(settings, config):
             loss, norm = train_step(replica, optimizer, scaler, data, settings, step)
             step += 1
 
-            # Log. Between evaluations, only this waits for the GPU.
+            # Log. Between evaluations, the GPU is waited for only here, where numbers are read.
             if step % settings.log_interval == 0 or step == 1:
-                loss = sum_over_ranks(loss, settings.device) / world_size()
-                check_finite(loss, run, step, settings)
+                train_loss = sum_over_ranks(loss, settings.device) / world_size()
+                check_finite(train_loss, run, step, settings)
                 norm = norm.item()
                 lr = get_lr(settings, step - 1)
-                text = f"loss {loss:.4f} lr {lr:.1e} norm {norm:.2f}"
+                text = f"loss {train_loss:.4f} lr {lr:.1e} norm {norm:.2f}"
                 speed = None
-                if lap:  # the first step, which may compile the model, is left out
-                    speed = (step - lap[0]) * tokens_per_step / (time.perf_counter() - lap[1])
+                now = time.perf_counter()
+                if lap:  # the first log line has no speed: its steps may include compilation
+                    speed = (step - lap[0]) * tokens_per_step / (now - lap[1])
                     eta = round((settings.max_iters - step) * tokens_per_step / speed)
                     text += f" {speed / 1000:.1f}k tok/s eta {timedelta(seconds=eta)}"
-                lap = (step, time.perf_counter())
+                lap = (step, now)
                 print0(f"step {step}/{settings.max_iters} {text}")
-                values = {"train_loss": loss, "learning_rate": lr, "grad_norm": norm}
-                run.log(step, **values, tokens_per_second=speed, seconds=lap[1] - started)
+                values = {"train_loss": train_loss, "learning_rate": lr, "grad_norm": norm}
+                run.log(step, **values, tokens_per_second=speed, seconds=now - started)
 
     print0(f"done in {timedelta(seconds=round(time.perf_counter() - started))}")
     print0(f"sample from it: python sample.py {run.path}")

@@ -8,12 +8,12 @@ seeds try the given rates and more in steps of sqrt(2), until an arm's best rate
 others. Then the seeds of --seed measure it there. After an interruption the same command continues.
 """
 
-import argparse
 import contextlib
 import itertools
 import shlex
 import statistics
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 from model import QUERIES, GPTConfig
@@ -23,7 +23,7 @@ from study.queries import CANDIDATES, register
 from train import Settings
 from utils.checkpoint import RunFolder
 from utils.files import locked
-from utils.settings import Parser, UserError, clock, read_command, run_program
+from utils.settings import Parser, UserError, read_command, run_program
 
 NOT_FOR_A_GRID = {"out_dir", "resume", "eval_only", "device"}
 
@@ -41,8 +41,7 @@ def named_arms(d):
 
 def read_options(argv):
     """Command line -> Study, other options."""
-    parser = Parser(description=__doc__, allow_abbrev=False, fromfile_prefix_chars="@")
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, fromfile_prefix_chars="@")
     # A plan file has the quotes and comments of a shell script.
     parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
     add = parser.add_argument
@@ -146,7 +145,8 @@ def print_runs(study):
     summaries = [record["summary"] for record in study.records.values() if record["summary"]]
     if summaries:
         seconds = statistics.median(summary["seconds"] for summary in summaries)
-        line += f", {clock(seconds)} each: {clock(study.to_go() * seconds / len(study.devices))}"
+        left = timedelta(seconds=round(study.to_go() * seconds / len(study.devices)))
+        line += f", {timedelta(seconds=round(seconds))} each: {left}"
     print(line)
 
 

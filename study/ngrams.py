@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from train import get_batch, get_holes, get_micro_batches
+from train import get_batch, get_micro_batches
 
 # Where the tokens of h stand, nearest first.
 NEAREST = {"next": (-1, -2, -3, -4), "masked": (-1, 1, -2, 2)}
@@ -46,10 +46,10 @@ def ngram_losses(data, settings):
     else:
         seen, tokens, counted = x, y, y >= 0
         offsets = np.arange(max(1, n // data.block_size)) * data.block_size
-        holes = get_holes(data, settings, offsets, seed="validation")
-        val, targets = get_batch(data, "val", offsets, n + 1, "cpu", holes)
-        val_near = neighbours(val.numpy(), around, data)[holes]
-        val_tokens = targets.numpy()[holes]
+        batch = get_batch(data, "val", offsets, settings, mask_key=("validation",), end=n + 1)
+        val, targets = (tensor.numpy() for tensor in batch)
+        val_near = neighbours(val, around, data)[targets >= 0]
+        val_tokens = targets[targets >= 0]
     near = neighbours(seen, around, data)[counted]
     val_near = val_near.reshape(-1, len(around))
     return count(near, tokens[counted], val_near, val_tokens.ravel(), data.vocab_size)

@@ -281,7 +281,7 @@ def main():
     register()
     if sys.argv[1:2] == ["sample"]:
         return sample.main(sys.argv[2:])
-    return train.main(program=("-m", "study.queries"))
+    return train.main()
 
 
 if __name__ == "__main__":

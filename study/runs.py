@@ -11,20 +11,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from model import GPTConfig
-from prepare_data import Dataset, prepare_if_small
 from study.ngrams import ngram_losses
 from study.plan import Run, Study
 from study.queries import register
 from train import Settings, fit_to_data
 from utils.checkpoint import RunFolder, check_resume
-from utils.device import StopSignal, resolve
+from utils.data import Dataset, prepare_if_small
+from utils.device import resolve, stop_signals
 from utils.files import locked, new_file
 from utils.settings import UserError, read_command
 
 # The fields of a study that study.json holds.
 PLAN = ("config", "arms", "learning_rates", "tuning_seeds", "seeds", "comparisons")
 # The settings in which the runs of a study may differ.
-MAY_DIFFER = {"device", "compile", "peak_tflops", "log_interval", "watch"}
+MAY_DIFFER = {"out_dir", "resume", "eval_only", "device", "compile", "log_interval"}
 MAY_DIFFER |= {"wandb_log", "wandb_project"}
 
 
@@ -120,7 +120,7 @@ def check_run(study, run, device):
     try:
         check_resume(before, now, MAY_DIFFER)
     except UserError as e:
-        raise UserError(f"{folder}: {e}; choose another --out") from None
+        raise UserError(f"{folder.path}: {e}; choose another --out") from None
 
 
 def count_ngrams(study):
@@ -161,9 +161,9 @@ def go(study):
     """Run what is left, one run at a time on each device -> exit status."""
     running = {}  # run -> its device and its process
     idle = list(study.devices)
-    with StopSignal() as stop:
+    with stop_signals() as stop:
         try:
-            while not stop.number:
+            while not stop:
                 known = study.records.keys() | running.keys()
                 left = [run for run in study.runs() if run not in known] if idle else []
                 for run in left[: len(idle)]:
@@ -183,14 +183,14 @@ def go(study):
                 process.terminate()
             for _, process in running.values():
                 process.wait()
-    return 128 + stop.number if stop.number else 0
+    return 128 + stop[0] if stop else 0
 
 
 def start(study, run, device):
     """Begin or resume a run in its folder, where log.txt gets its output -> its process."""
     folder = study.folder / str(run)
     resume = (folder / "config.json").exists()
-    own = [f"--out_dir={folder}", f"--device={device or 'auto'}", f"--resume={resume}".lower()]
+    own = [f"--out_dir={folder}", f"--device={device or 'auto'}", f"--resume={resume}"]
     command = [sys.executable, "-m", "study.queries", study.config, *flags(study, run), *own]
     root = str(Path(__file__).parent.parent)
     path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
@@ -210,8 +210,10 @@ def end(study, run, status):
     folder = RunFolder(study.folder / str(run))
     metrics = folder.metrics()
     summary = None
-    if folder.holds("summary.json"):
-        summary = folder.read_json("summary.json", "final_val_loss", "seconds")
+    if status == 0:
+        last = [line for line in metrics if "val_loss" in line][-1]
+        summary = {"final_val_loss": last["val_loss"], "steps": last["step"]}
+        summary["seconds"] = last["seconds"]
     elif not (metrics and metrics[-1].get("diverged")):
         log = folder.path / "log.txt"
         last = log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1]

@@ -76,7 +76,7 @@ def test_inputs_hide_what_the_targets_are_and_nothing_else(tiny_data):
     # Past the end of the data there is nothing to predict.
     everything = settings(mask_share=0.999)
     end = np.array([len(tokens) - 3])
-    _, y = get_batch(data, "train", end, everything, key=(1,))
+    _, y = get_batch(data, "train", end, everything, mask_key=(1,))
     assert y[0].tolist()[3:] == [-1] * 13 and min(y[0].tolist()[:3]) >= 0
 
 

@@ -269,7 +269,7 @@ MISTAKES = [
     *[("ablate", words, USAGE, error) for words, error in NOT_STUDIED.items()],
     ("ablate", "tiny.py --seed=1 --tune=2 --min_lr=1e-3", FAILURE, "--min_lr=auto"),
     ("ablate", "tiny.py --devices=cpu,tpu", FAILURE, "device=tpu is not there"),
-    ("ablate", "tiny.py --dataset=nowhere", FAILURE, "there is no data set data/nowhere"),
+    ("ablate", "tiny.py --dataset=nowhere", FAILURE, "there is no data/nowhere"),
     ("ablate", "tiny.py --block_size=100000", FAILURE, "too few for block_size=100000"),
     ("ablate", "tiny.py --out=tiny.txt", FAILURE, "tiny.txt"),
 ]

@@ -219,5 +219,5 @@ def test_a_small_data_set_is_prepared_by_its_program_and_a_failure_says_why(monk
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="^prepare_data.py: could not fetch .*$"):
         prepare_if_small("shakespeare_char")
-    with pytest.raises(UserError, match="there is no data set data/nowhere; prepare it first"):
+    with pytest.raises(UserError, match="there is no data/nowhere; see: python prepare_data.py"):
         prepare_if_small("nowhere")

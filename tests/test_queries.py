@@ -11,6 +11,7 @@ import sample
 from conftest import run
 from model import GPT, GPTConfig
 from study.queries import CANDIDATES, register
+from utils.generation import generate
 from utils.tokenizers import load_tokenizer
 
 D, H = 24, 3
@@ -186,8 +187,8 @@ def test_a_run_of_a_candidate_is_sampled_by_its_own_program(tiny_config):
     model, spec = sample.load_model("out/tiny", "cpu")
     tokenizer = load_tokenizer(spec)
     idx = torch.tensor([tokenizer.encode(b"7 plus ").tolist()])
-    idx = model.generate(idx, 20, temperature=0)
+    idx = generate(model, idx, 20, temperature=0)
     assert printed == tokenizer.decode(idx[0].tolist()).decode() + "\n"
     alone = run("sample.py", "out/tiny")
     assert alone.returncode == 1
-    assert "type: python -m study.queries sample out/tiny\n" in alone.stderr
+    assert "study/queries.py: python -m study.queries sample out/tiny\n" in alone.stderr

@@ -11,7 +11,7 @@ stats = pytest.importorskip("study.stats", reason="needs scipy")
 scipy_stats = pytest.importorskip("scipy.stats")
 
 import train  # noqa: E402
-from prepare_data import Dataset  # noqa: E402
+from utils.data import Dataset  # noqa: E402
 from study import plan  # noqa: E402
 from study.ngrams import ngram_losses  # noqa: E402
 from study.plan import Run, Study  # noqa: E402
@@ -115,14 +115,15 @@ def test_ngram_losses_are_those_of_the_rule(objective, around, tiny_data):
     data = Dataset("tiny", 16)
     recipe = {"batch_size": 2, "gradient_accumulation_steps": 2, "max_iters": 30, "seed": 3}
     recipe |= {"objective": objective, "eval_tokens": 170, "mask_share": 0.2}
-    settings = train.Settings("tiny", **recipe)
+    settings = train.Settings("tiny", device="cpu", **recipe)
 
     def examples(split, offsets, length, *key):
         """For each token in each window: the token, those near it, whether it is masked."""
-        holes = train.get_holes(data, settings, offsets, *key)
+        _, targets = train.get_batch(data, split, offsets, settings, key)
         for number, offset in enumerate(offsets.tolist()):
             window = dict(enumerate(data.tokens(split)[offset : offset + length].tolist()))
-            masked = {i: "mask" for i in window if holes is not None and holes[number, i]}
+            is_masked = objective == "masked" and targets[number] >= 0
+            masked = {i: "mask" for i in window if objective == "masked" and is_masked[i]}
             seen = {**window, **masked}
             for i, token in window.items():
                 yield token, tuple(seen.get(i + o, "edge") for o in around), i in masked

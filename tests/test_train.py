@@ -140,7 +140,7 @@ def test_batches_depend_on_seed_and_step_alone(tiny_data):
         assert np.mean(offsets == get_offsets(data, seed, step, 1000)) < 0.02
     last = len(tokens) - 17
     assert offsets.min() < 0.02 * last and 0.98 * last < offsets.max() <= last
-    x, y = get_batch(data, "train", np.array([0, last]), on_cpu(), key=())
+    x, y = get_batch(data, "train", np.array([0, last]), on_cpu(), mask_key=())
     for row, offset in enumerate((0, last)):
         assert x[row].tolist() == tokens[offset : offset + 16].tolist()
         assert y[row].tolist() == tokens[offset + 1 : offset + 17].tolist()
@@ -513,7 +513,7 @@ def test_a_run_in_float16_continues_one_that_was_not(whole_run):
 
 def test_float16s_loss_scale_continues_as_if_the_run_had_not_stopped(tiny_config, monkeypatch):
     scaler = torch.amp.GradScaler  # the CPU has none for float16, but scales float32's gradients
-    grow = lambda device, enabled: scaler(device, growth_interval=3)  # noqa: E731
+    grow = lambda device, enabled: scaler("cpu", growth_interval=3)  # noqa: E731
     monkeypatch.setattr(torch.amp, "GradScaler", grow)
     train.main([tiny_config, "--out_dir=a"])
     train.main([tiny_config, "--out_dir=b", "--max_iters=5", "--lr_decay_iters=12"])

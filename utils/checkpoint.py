@@ -58,8 +58,7 @@ class RunFolder:
             content = json.loads(path.read_text(encoding="utf-8"))
             return content | {key: content[key] for key in keys}
         except (ValueError, KeyError, TypeError) as e:
-            problem = f"{path} is damaged ({type(e).__name__}: {e})"
-            raise UserError(f"{problem}; put a good copy in its place") from None
+            raise UserError(f"{path} is damaged ({type(e).__name__}: {e})") from None
 
     @contextlib.contextmanager
     def open(self, record, settings):

@@ -50,8 +50,7 @@ def prepare_if_small(name):
     if (DATA_DIR / name).exists():
         return
     if name not in SMALL:
-        hint = "prepare it first, see: python prepare_data.py --help"
-        raise UserError(f"there is no data set {DATA_DIR / name}; {hint}")
+        raise UserError(f"there is no {DATA_DIR / name}; see: python prepare_data.py --help")
     print(f"preparing {DATA_DIR / name}", flush=True)
     program = Path(__file__).parent.parent / "prepare_data.py"
     done = subprocess.run([sys.executable, program, name], stderr=subprocess.PIPE, text=True)

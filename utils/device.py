@@ -128,10 +128,7 @@ def print0(text):
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list that receives the number of each SIGINT or SIGTERM, so that the current step can end.
-
-    A second Ctrl-C acts at once.
-    """
+    """A list that receives the numbers of SIGINT and SIGTERM; a second Ctrl-C acts at once."""
     received = []
 
     def receive(number, frame):

@@ -21,8 +21,7 @@ def new_file(path):
             temporary.unlink()
         cause = e if isinstance(e, OSError) else e.__context__  # torch.save hides a full disk
         if isinstance(cause, OSError):
-            reason = f"{cause.strerror}; what was there before is kept"
-            raise UserError(f"{path} could not be written ({reason})") from None
+            raise UserError(f"{path} could not be written: {cause.strerror}") from None
         raise
 
 

@@ -1,7 +1,6 @@
 """Settings from a config file and flags, and a user's mistakes in one line.
 
-A setting is a field of a dataclass, and the comment behind it is its help. It is an int, float,
-bool or str; where it may be None, too, that is written "auto".
+A setting is a field of a dataclass, and the comment behind it is its help. None is written "auto".
 """
 
 import argparse
