@@ -23,8 +23,7 @@ contain the error of choosing the rates, and is not corrected for the number of 
 
 Losses are in nats a token after the last step: mean ± standard deviation over the measuring seeds,
 without failed runs. A run failed if it diverged or never learned: it ended above the trigram
-counts, or was above the bigram counts for most of its steps. Clipped: the share of the measuring
-runs' logged steps with a gradient larger than grad_clip."""
+counts, or was above the bigram counts for most of its steps."""
 
 
 def write(study, command):
@@ -79,7 +78,7 @@ def learned(study, arm):
 
 
 def arm_table(study):
-    header = ["arm", "rate", "validation loss (n)", "failed", "clipped"]
+    header = ["arm", "rate", "validation loss (n)", "failed"]
     header += ["non-embedding parameters", "in queries"]
     rows = []
     for arm in study.arms:
@@ -90,18 +89,10 @@ def arm_table(study):
         spread = f" ± {losses.std(ddof=1):.4f}" if len(losses) > 1 else ""
         loss = f"{losses.mean():.4f}{spread} ({len(losses)})" if len(losses) else ""
         failed = [bool(study.failure(run)) for run in study.records if run.arm == arm]
-        clipped = np.mean([clipped_share(study.records[run]) for run in measured])
         sizes = study.records[measured[0]]["config"]["parameters"]
         row = [arm, f"{measured[0].learning_rate:g}", loss, f"{sum(failed)} of {len(failed)}"]
-        row.append(f"{100 * clipped:.0f} %")
         rows.append([*row, f"{sizes['non_embedding']:,}", f"{sizes['query_path']:,}"])
     return table(header, rows)
-
-
-def clipped_share(record):
-    limit = record["config"]["settings"]["grad_clip"] or math.inf
-    # An infinite norm is stored as None.
-    return np.mean([norm is None or norm > limit for _, _, norm in record["curve"]])
 
 
 def ngram_lines(study):

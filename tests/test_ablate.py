@@ -404,11 +404,8 @@ def test_every_number_of_the_published_report_is_recomputed():
         rows.append(f"| {arm} against {other} | {difference} | {verdict} |")
     for arm in saved["arms"]:
         (rate,) = {line["learning_rate"] for line in x[arm].values()}
-        curves = [line["curve"] for line in x[arm].values()]
-        clipped = [np.mean([norm > 1 for _, _, norm in curve]) for curve in curves]
         cells = [arm, f"{rate:g}", f"{loss[arm].mean():.4f} ± {loss[arm].std(ddof=1):.4f} (8)"]
         cells += [f"0 of {sum(line['arm'] == arm for line in lines)}"]
-        cells += [f"{100 * np.mean(clipped):.0f} %"]
         parameters = x[arm][13]["config"]["parameters"]
         cells += [f"{parameters[key]:,}" for key in ("non_embedding", "query_path")]
         rows.append(f"| {' | '.join(cells)} |")
