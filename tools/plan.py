@@ -1,6 +1,6 @@
-"""What a recipe takes, to know before a GPU is rented: python -m tools.bench plan config/FILE.py [--key=value ...]
+"""Count what a recipe takes: python -m tools.bench plan config/FILE.py [--key=value ...].
 
-Keys are the settings of train.py. Nothing is run: what is printed was counted on tensors without values.
+The keys are the settings of train.py. Nothing is trained: tensors without values are counted.
 """
 
 import math
@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 
 import train
 from model import GPT, GPTConfig
@@ -15,74 +16,94 @@ from utils.device import autocast, flops_per_token
 from utils.settings import Parser, UserError, checked, read_command
 
 
-def count_kept(settings, config):
-    """Bytes that a micro-batch keeps from its forward for its backward pass, cut in two as torch.compile cuts it."""
-    from functorch.compile import aot_function, min_cut_rematerialization_partition, nop  # seconds to import
+def count_saved(settings, config):
+    """Bytes that a micro-batch saves for its backward pass, cut in two as torch.compile does."""
+    # These imports take seconds.
+    from functorch.compile import aot_function, min_cut_rematerialization_partition, nop
     from torch._inductor.decomposition import select_decomp_table
 
-    kept = {}  # storages by their address, since several tensors may share one
+    storages = {}  # by address, because several tensors may share one
 
-    def note(tensor):
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+    def record(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage
         return tensor
 
-    with FakeTensorMode(), autocast(settings), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        objective = train.Objective(GPT(config))
-        weights, idx = dict(objective.named_parameters()), torch.zeros(settings.batch_size, config.block_size).long()
-        how = {"partition_fn": min_cut_rematerialization_partition, "decompositions": select_decomp_table()}
-        aot_function(lambda w, x: torch.func.functional_call(objective, w, (x, x)), nop, **how)(weights, idx)
-    for weight in weights.values():
-        kept.pop(weight.untyped_storage()._cdata, None)
-    return sum(storage.nbytes() for storage in kept.values())
+    with FakeTensorMode(), autocast(settings), saved_tensors_hooks(record, lambda tensor: tensor):
+        loss_fn = train.Loss(GPT(config))
+        forward = aot_function(
+            lambda weights, idx: torch.func.functional_call(loss_fn, weights, (idx, idx)),
+            fw_compiler=nop,
+            partition_fn=min_cut_rematerialization_partition,
+            decompositions=select_decomp_table(),
+        )
+        weights = dict(loss_fn.named_parameters())
+        idx = torch.zeros(settings.batch_size, config.block_size, dtype=torch.long)
+        forward(weights, idx)
+    for weight in weights.values():  # they are counted elsewhere
+        storages.pop(weight.untyped_storage()._cdata, None)
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def count_memory(settings, config, gpus, parameters):
-    """{part: bytes} on each GPU early in the backward pass, when it is fullest: logits have become their gradient."""
-    # On the CPU, where flash attention is taken, too, so that every machine counts the same.
+    """{part: bytes} on each GPU when it is fullest: the logits have just become their gradient."""
+    # A CPU takes flash attention, too. Counting for it gives the same numbers on every machine.
     settings = replace(settings, device="cpu", dtype=settings.dtype or "bfloat16")
-    one, two = (count_kept(settings, replace(config, n_layer=n)) for n in (1, 2))  # blocks are alike
-    tokens, width = settings.batch_size * config.block_size, getattr(torch, settings.dtype).itemsize
+    one_block = count_saved(settings, replace(config, n_layer=1))
+    two_blocks = count_saved(settings, replace(config, n_layer=2))
+    saved = one_block + (config.n_layer - 1) * (two_blocks - one_block)
+    tokens = settings.batch_size * config.block_size
+    logit_size = config.vocab_size * getattr(torch, settings.dtype).itemsize
     return {
         "weights": 4 * parameters,
-        "gradients": 4 * parameters * min(gpus, 2),  # several GPUs have a copy to exchange, too
+        # Several GPUs exchange copies of the gradients.
+        "gradients": 4 * parameters * min(gpus, 2),
         "AdamW's moments": 8 * parameters,
-        "activations": one + (config.n_layer - 1) * (two - one) - tokens * config.vocab_size * width,
-        "logits and the head's gradient": (tokens + config.n_embd) * config.vocab_size * width,
+        "activations": saved - tokens * logit_size,
+        "logits and the head's gradient": (tokens + config.n_embd) * logit_size,
     }
 
 
 def read_options(argv):
+    """Command line -> options, among them settings and config of the recipe."""
     parser = Parser(prog="python -m tools.bench plan", description=__doc__)
     count = checked(int, lambda n: n >= 1, "must be at least 1")
     positive = checked(float, lambda x: 0 < x < math.inf, "must be above 0")
-    share = checked(float, lambda s: 0 < s <= 1, "is not above 0 and at most 1")
-    parser.add_argument("--gpus", type=count, default=1)
-    parser.add_argument("--tflops", type=positive, default=989, help="peak of one, dense bf16; default 989, an H100's")
-    parser.add_argument("--share", type=share, default=0.4, help="of the peak that is reached; default 0.4")
-    options, rest = parser.parse_known_args(argv)
-    options.what, (options.settings, options.config) = "plan", read_command(rest, train.Settings, GPTConfig)
+    share = checked(float, lambda x: 0 < x <= 1, "is not above 0 and at most 1")
+    parser.add_argument("--gpus", type=count, default=1, help="default 1")
+    parser.add_argument("--tflops", type=positive, default=989, help="peak; default 989, an H100's")
+    parser.add_argument("--share", type=share, default=0.4, help="of the peak reached; default 0.4")
+    options, recipe = parser.parse_known_args(argv)
+    options.command = "plan"
+    options.settings, options.config = read_command(recipe, train.Settings, GPTConfig)
     return options
 
 
 def print_plan(options):
     settings, config, gpus = options.settings, options.config, options.gpus
-    problems = {"vocab_size is that of the data set: give a --vocab_size": config.vocab_size is None}
-    problems |= {f"dropout={config.dropout} is not counted: give --dropout=0": config.dropout}
-    shared = f"gradient_accumulation_steps={settings.gradient_accumulation_steps} cannot be shared by {gpus} GPUs"
-    for problem, found in (problems | {shared: settings.gradient_accumulation_steps % gpus}).items():
-        if found:
-            raise UserError(problem, status=2)
+    if config.vocab_size is None:
+        raise UserError("vocab_size would be that of the data: give a --vocab_size", status=2)
+    if config.dropout:
+        raise UserError(f"dropout={config.dropout} is not counted: give --dropout=0", status=2)
+    steps = settings.gradient_accumulation_steps
+    if steps % gpus:
+        problem = f"gradient_accumulation_steps={steps} cannot be shared by {gpus} GPUs"
+        raise UserError(f"{problem}: take a multiple of {gpus}", status=2)
     with torch.device("meta"):
         model = GPT(config)
     parameters, flops = sum(p.numel() for p in model.parameters()), flops_per_token(model)
-    sequences = settings.batch_size * settings.gradient_accumulation_steps
+    sequences = settings.batch_size * steps
     tokens = settings.max_iters * sequences * config.block_size
     hours = tokens * flops / (gpus * options.tflops * 1e12 * options.share) / 3600
-    parts = count_memory(settings, config, gpus, parameters)
+    memory = count_memory(settings, config, gpus, parameters)
+    total = sum(memory.values()) / 1e9
+    length = f"{settings.max_iters:,} steps of {sequences} sequences of {config.block_size:,}"
+    speed = f"{options.share:.0%} of {gpus} x {options.tflops:g} TFLOP/s"
     print(f"parameters  {parameters:,}")
-    print(f"tokens      {tokens:.3g}: {settings.max_iters:,} steps of {sequences} sequences of {config.block_size:,}")
+    print(f"tokens      {tokens:.3g}: {length}")
     print(f"FLOPs       {tokens * flops:.3g}: {flops:.3g} a token, forward and backward")
-    print(f"time        {hours:.1f} hours at {options.share:.0%} of {gpus} x {options.tflops:g} TFLOP/s")
-    print(f"memory      {sum(parts.values()) / 1e9:.1f} GB a GPU, compiled, {settings.batch_size} sequences at a time:")
-    print("\n".join(f"{size / 1e9:15.2f} GB {part}" for part, size in parts.items()))
-    print("counted, not measured; what CUDA and NCCL take, and fragmentation, come on top")
+    print(f"time        {hours:.1f} hours at {speed}")
+    print(f"memory      {total:.1f} GB a GPU, compiled, {settings.batch_size} sequences at a time:")
+    for part, size in memory.items():
+        print(f"{size / 1e9:15.2f} GB {part}")
+    print("All is counted, not measured. CUDA, NCCL and fragmentation take more memory.")
