@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import train
 from conftest import ROOT
+
+import train
 from model import GPT, QUERIES, GPTConfig
 from tools import bench, plan, runbook
 from utils.device import autocast, resolve
@@ -39,12 +40,12 @@ def test_every_model_is_measured(command, capsys):
 
 
 def test_the_runbook_sees_a_wrong_gradient_of_the_query_alone(monkeypatch, capsys):
-    def compile_wrongly(loss_fn, fullgraph, disable):
-        for name, parameter in loss_fn.named_parameters():
+    def compile_wrongly(model, fullgraph, disable):
+        for name, parameter in model.named_parameters():
             if "query.w_q" in name and not disable:
                 parameter.register_hook(torch.zeros_like)
 
-    monkeypatch.setattr(train.Loss, "compile", compile_wrongly)
+    monkeypatch.setattr(GPT, "compile", compile_wrongly)
     settings = resolve(train.Settings(device="cpu", dtype="bfloat16"))
     assert runbook.gradients(bench.SHAPES["tiny"], settings, ["identity", "nonlinear"]) == 0
     assert runbook.gradients(bench.SHAPES["tiny"], settings, ["linear"]) == 1
@@ -134,7 +135,7 @@ def test_what_a_plan_counts_as_saved_is_saved():
     mode, dtype, shape = NONLINEAR
     settings = train.Settings(device="cpu", dtype=dtype, batch_size=4)
     config = GPTConfig(query_mode=mode, **shape)
-    loss_fn = train.Loss(GPT(config))
+    loss_fn = GPT(config)
     loss_fn.compile(backend="aot_eager_decomp_partition")
     idx = torch.zeros(4, shape["block_size"], dtype=torch.long)
     with autocast(settings):

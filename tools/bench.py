@@ -8,7 +8,6 @@ After a warm-up the models take turns. Printed are medians and extremes. --peer
 adds Hugging Face's GPT2LMHeadModel of the same shape (pip install transformers).
 """
 
-import argparse
 import sys
 import time
 from dataclasses import replace
@@ -24,9 +23,10 @@ from sample import load_model
 from tools import plan
 from utils.checkpoint import RunFolder
 from utils.data import Dataset
-from utils.device import allow_tf32, device_name, resolve
-from utils.generation import best_format, for_generation, formats
-from utils.settings import Parser, check_ranges, checked, run_program, short
+from utils.device import device_name, processes, resolve
+from utils.generation import for_generation, formats, generate
+from utils.options import checked, short
+from utils.settings import Parser, check_ranges, run_program
 
 PEER = "GPT2LMHeadModel"
 SHAPES = {
@@ -49,11 +49,7 @@ class Peer(torch.nn.Module):
 
     def forward(self, idx, targets):
         # GPT-2 shifts the labels itself.
-        return None, self.gpt2(input_ids=idx, labels=idx, use_cache=False).loss
-
-    def generate(self, idx, max_new_tokens, temperature):
-        greedy = dict(do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(idx))
-        return self.gpt2.generate(idx, max_new_tokens=max_new_tokens, **greedy)
+        return self.gpt2(input_ids=idx, labels=idx, use_cache=False).loss
 
 
 def make_model(name, shape):
@@ -68,14 +64,12 @@ def make_training(name, shape, settings):
     model = make_model(name, shape).to(settings.device)
     optimizer = train.make_optimizer(model, settings)
     scaler = torch.amp.GradScaler("cuda", enabled=settings.dtype == "float16")
-    allow_tf32(settings)
-    loss_fn = train.Loss(model)
     if settings.compile:
-        loss_fn.compile()
+        model.compile()
 
     def take_steps(n):
         for step in range(n):
-            loss, norm = train.train_step(loss_fn, optimizer, scaler, data, settings, step)
+            loss, norm = train.train_step(model, optimizer, scaler, data, settings, step)
         return loss.item(), norm.item()
 
     return take_steps
@@ -116,16 +110,19 @@ def bench_train(names, shape, settings, options):
 
 
 def bench_sample(names, shape, settings, options):
-    dtype = options.dtype or best_format(settings.device)
     n = min(options.new_tokens, shape["block_size"] - 1)
-    print(f"{n} new tokens a text, weights in {dtype}", flush=True)
+    print(f"{n} new tokens a text", flush=True)
     prompt = torch.zeros(settings.batch_size, 1, dtype=torch.long, device=settings.device)
+    greedy = dict(do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(prompt))
     functions = {}
     for name in names:
         model = make_model(name, shape).to(settings.device)
-        # The peer stays as its users have it.
-        for_generation(model, "float32" if name == PEER else dtype)
-        functions[name] = lambda model=model: model.generate(prompt, n, temperature=0).cpu()
+        if name == PEER:  # as its users have it
+            peer = model.eval().gpt2
+            functions[name] = lambda: peer.generate(prompt, max_new_tokens=n, **greedy).cpu()
+        else:
+            model = for_generation(model, options.dtype)
+            functions[name] = lambda model=model: generate(model, prompt, n, temperature=0).cpu()
     print_speeds(functions, settings.batch_size * n, options.repeats)
 
 
@@ -140,7 +137,7 @@ def print_format_losses(run, settings):
         # bfloat16's autocast leaves the loss itself in float32.
         autocast = "float32" if dtype == "float32" else "bfloat16"
         chosen = replace(settings, dtype=autocast, eval_tokens=100_000, **known)
-        losses[dtype] = train.evaluate(train.Loss(model), data, chosen)["val_loss"]
+        losses[dtype] = train.evaluate(model, data, chosen)["val_loss"]
         change = 100 * (losses[dtype] / losses["float32"] - 1)
         print(f"{dtype:9} validation loss {losses[dtype]:.5f} ({change:+.3f} %)")
 
@@ -149,7 +146,7 @@ def read_options(argv):
     if argv[:1] == ["plan"]:
         return plan.read_options(argv[1:])
     count = checked(int, lambda n: n >= 1, "is not 1 or above")
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("command", choices=["train", "sample", "plan"])
     parser.add_argument("--shape", choices=SHAPES, default="small", help="default small")
     parser.add_argument("--peer", action="store_true", help="add transformers' GPT-2")
@@ -183,7 +180,8 @@ def main(argv=None):
         return print_format_losses(options.run, settings)
     names = [*QUERIES, PEER] if options.peer else [*QUERIES]
     bench = bench_train if training else bench_sample
-    bench(names, SHAPES[options.shape], settings, options)
+    with processes(settings):
+        bench(names, SHAPES[options.shape], settings, options)
 
 
 if __name__ == "__main__":

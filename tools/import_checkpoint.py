@@ -3,15 +3,17 @@
 --dataset names the data of the model. The other flags are settings of train.py for training on.
 """
 
+import math
 from dataclasses import asdict
 
 import torch
 
 from model import GPT, GPTConfig
-from train import Settings, fit_to_data, new_state
+from train import Settings, fit_to_data
 from utils.checkpoint import RunFolder, describe, load_checkpoint
 from utils.data import Dataset, prepare_if_small
 from utils.device import resolve
+from utils.files import locked
 from utils.settings import Parser, UserError, add_settings, check_ranges, run_program
 
 # Their query mode -> ours, and the softmax scales that we can express, as multiples of
@@ -107,18 +109,19 @@ def main(argv=None):
         raise UserError(f"vocab_size={config.vocab_size}, but the data have {data.vocab_size}")
     fit_to_data(config, settings, data)
     checkpoint = {"model": model.state_dict(), "config": asdict(config)}
-    checkpoint |= {"tokenizer": data.tokenizer, "state": new_state()}
+    state = {"step": 0, "val": None, "best_val_loss": math.inf, "seconds": 0.0}  # as at a start
+    checkpoint |= {"tokenizer": data.tokenizer, "state": state}
     # causal follows from the objective.
     lines = [f"{k} = {v!r}\n" for k, v in (options.given | asdict(config)).items() if k != "causal"]
     run = RunFolder(options.run)
-    with run.lock():
-        if any(map(run.holds, ("config.json", "ckpt.pt", "best.pt"))):  # perhaps the foreign file
-            raise UserError(f"{run} holds a run or a checkpoint; choose another folder")
+    if any(map(run.holds, ("config.json", "ckpt.pt", "best.pt"))):  # perhaps the foreign file
+        raise UserError(f"{run.path} holds a run or a checkpoint; choose another folder")
+    with locked(run.path):
         run.write_text("config.py", "".join(lines))
         run.save("best.pt", checkpoint)  # until training finds a better one
         run.save("ckpt.pt", checkpoint)
         run.write_json("config.json", describe(settings, model, data))  # makes the folder a run
-    print(f"{run}: {config.query_mode} query; sample from it: python sample.py {run}")
+    print(f"{run.path}: {config.query_mode} query; sample from it: python sample.py {run.path}")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import train
 from model import GPT, GPTConfig
-from utils.device import autocast, flops_per_token
-from utils.settings import Parser, UserError, checked, read_command
+from utils.device import autocast
+from utils.flops import flops_per_token
+from utils.options import checked
+from utils.settings import Parser, UserError, read_command
 
 
 def count_saved(settings, config):
@@ -30,14 +32,14 @@ def count_saved(settings, config):
         return tensor
 
     with FakeTensorMode(), autocast(settings), saved_tensors_hooks(record, lambda tensor: tensor):
-        loss_fn = train.Loss(GPT(config))
+        model = GPT(config)
         forward = aot_function(
-            lambda weights, idx: torch.func.functional_call(loss_fn, weights, (idx, idx)),
+            lambda weights, idx: torch.func.functional_call(model, weights, (idx, idx)),
             fw_compiler=nop,
             partition_fn=min_cut_rematerialization_partition,
             decompositions=select_decomp_table(),
         )
-        weights = dict(loss_fn.named_parameters())
+        weights = dict(model.named_parameters())
         idx = torch.zeros(settings.batch_size, config.block_size, dtype=torch.long)
         forward(weights, idx)
     for weight in weights.values():  # they are counted elsewhere
@@ -91,7 +93,8 @@ def print_plan(options):
         raise UserError(f"{problem}: take a multiple of {gpus}", status=2)
     with torch.device("meta"):
         model = GPT(config)
-    parameters, flops = sum(p.numel() for p in model.parameters()), flops_per_token(model)
+    parameters = model.parameter_report()["total"]
+    flops = flops_per_token(model)
     sequences = settings.batch_size * steps
     tokens = settings.max_iters * sequences * config.block_size
     hours = tokens * flops / (gpus * options.tflops * 1e12 * options.share) / 3600

@@ -20,9 +20,10 @@ import torch
 
 from model import QUERIES
 from tools.bench import SHAPES, make_model, make_training, print_speeds, timed
-from train import Loss, Settings
-from utils.device import autocast, device_name, flops_per_token, resolve
+from train import Settings
+from utils.device import autocast, device_name, processes, resolve
 from utils.files import new_file
+from utils.flops import flops_per_token, peak_tflops
 from utils.settings import Parser, run_program
 
 TIME_LIMIT = 540  # seconds, of all steps together
@@ -96,12 +97,12 @@ def gradients(shape, settings, queries):
     idx = torch.randint(shape["vocab_size"], (4, shape["block_size"] + 1), device=settings.device)
 
     def backward(query, dtype, compiled):
-        loss_fn = Loss(make_model(query, shape)).to(settings.device)
-        loss_fn.compile(fullgraph=True, disable=not compiled)
+        model = make_model(query, shape).to(settings.device)
+        model.compile(fullgraph=True, disable=not compiled)
         with autocast(replace(settings, dtype=dtype)):
-            loss = loss_fn(idx[:, :-1], idx[:, 1:].contiguous())
+            loss = model(idx[:, :-1], idx[:, 1:].contiguous())
         loss.backward()
-        return {"loss": loss.detach(), **{name: p.grad for name, p in loss_fn.named_parameters()}}
+        return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
 
     wrong = False
     for query in queries:
@@ -134,8 +135,8 @@ def speed(shape, settings, queries):
     for query, rate in print_speeds(functions, tokens, repeats=3).items():
         with torch.device("meta"):
             flops = flops_per_token(make_model(query, shape))
-        if settings.peak_tflops:
-            print(f"{query:15} MFU {rate * flops / (settings.peak_tflops * 1e12):.1%}")
+        if peak := peak_tflops(device_name(settings.device)):
+            print(f"{query:15} MFU {rate * flops / (peak * 1e12):.1%}")
 
 
 def profile(shape, settings, queries):
@@ -168,7 +169,8 @@ def main(argv=None):
     if not options.step:
         return run_all(options.shape, settings.device)
     print(f"{device_name(settings.device)}, torch {torch.__version__}, {settings.dtype}")
-    return steps[options.step](SHAPES[options.shape], settings, options.queries)
+    with processes(settings):
+        return steps[options.step](SHAPES[options.shape], settings, options.queries)
 
 
 if __name__ == "__main__":
