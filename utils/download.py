@@ -1,70 +1,76 @@
-"""Download a large file over a bad connection: it goes on where it broke off."""
+"""Download a large file over connections that may break."""
 
 import contextlib
 import re
+import shutil
 import time
 
 import requests
+from urllib3.exceptions import HTTPError
 
 try:
     from tqdm import tqdm
-except ImportError:  # an optional extra
-
+except ImportError:
+    # Without this optional package no progress is shown.
     def tqdm(items, *arguments, **options):
         return items
 
 
-TRIES = 7  # in a row that bring nothing, before we give up
+TRIES = 7  # in a row that bring no byte
 TIMEOUT = 30  # seconds without a byte
-BLOCK = 1 << 16  # bytes; a connection that breaks loses less than this
+BLOCK = 1 << 16  # bytes; a broken connection loses less than this
+BUSY = (408, 429, 500, 502, 503, 504)
 
-retry = requests.adapters.Retry(total=TRIES - 1, backoff_factor=1, status_forcelist=(408, 429, 500, 502, 503, 504))
 session = requests.Session()
 for scheme in ("http://", "https://"):
+    retry = requests.adapters.Retry(total=TRIES - 1, backoff_factor=1, status_forcelist=BUSY)
     session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
-session.headers["Accept-Encoding"] = "identity"  # not compressed on the way, so that we can count the file's bytes
+# In a compressed answer we could not count the file's bytes.
+session.headers["Accept-Encoding"] = "identity"
 
 
 def announced(url):
-    """A file's size in bytes, and its sha256 or None, as the server announces them."""
+    """Return a file's size in bytes and its sha256 (or None), as the server announces them."""
     answer = session.head(url, allow_redirects=True, timeout=TIMEOUT)
-    # The hub tells both, and redirects to a store that does not.
-    answer = next((step for step in answer.history if "X-Linked-Size" in step.headers), answer)
     answer.raise_for_status()
-    size = int(answer.headers.get("X-Linked-Size") or answer.headers.get("Content-Length") or 0)
-    if size == 0:
-        raise requests.RequestException(f"{url} does not tell its size")
-    sha256 = re.search(r"\b[0-9a-f]{64}\b", answer.headers.get("X-Linked-Etag", ""))
-    return size, sha256[0] if sha256 else None
+    # The hub announces both while it redirects to a store, which does not.
+    hub = (step for step in answer.history if "X-Linked-Size" in step.headers)
+    headers = next(hub, answer).headers
+    size = headers.get("X-Linked-Size") or headers.get("Content-Length", 0)
+    sha256 = re.search("[0-9a-f]{64}", headers.get("X-Linked-Etag", ""))
+    return int(size), sha256 and sha256[0]
 
 
-def fetch(url, path, size):
-    """Download url to path, a file of size bytes. What is there already is kept, and the rest is appended."""
-    failures, most = 0, -1
-    while (have := path.stat().st_size if path.exists() else 0) != size:
-        failures = 0 if have > most else failures + 1
-        if failures == TRIES:
-            raise requests.RequestException(f"gave up after {TRIES} tries: {url} sends nothing after byte {have:,}")
-        most = max(have, most)
-        print(f"{path.name}: downloading, {have / 1e6:.0f} of {size / 1e6:.0f} MB are here", flush=True)
-        time.sleep(2**failures - 1)
-        receive(url, path, have, size)
+def download(url, path):
+    """Append to path the bytes that it lacks. Return the file's sha256, if the server announces it.
+
+    RequestException: there is no such file, or several tries in a row brought nothing.
+    """
+    size, sha256 = announced(url)
+    path.parent.mkdir(exist_ok=True)
+    failures = 0
+    with open(path, "ab") as f:
+        while f.tell() < size:
+            time.sleep(2**failures - 1)
+            before = f.tell()
+            with contextlib.suppress(HTTPError):
+                receive(url, f, size)
+            failures = 0 if f.tell() > before else failures + 1
+            if failures == TRIES:
+                raise requests.ConnectionError(f"{url} sends nothing after byte {before:,}")
+    return sha256
 
 
-def receive(url, path, have, size):
-    """Append to path what the server sends after the first `have` bytes, until the connection breaks."""
-    # Always from the hub's own address, since the one to which it redirects expires.
-    headers = {"Range": f"bytes={have}-"} if have else {}
+def receive(url, f, size):
+    """Append to f what the server sends before the connection breaks."""
+    # We ask url itself each time, because the address to which the hub redirects expires.
+    headers = {"Range": f"bytes={f.tell()}-"}
     with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
-        if answer.status_code == 416:  # the server's file is shorter than ours: begin anew
-            path.unlink()
-            return
         answer.raise_for_status()
-        if answer.status_code == 206:
-            mode, fits = "ab", answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        else:  # the whole file although we asked for the rest, or a page that is not the file
-            mode, fits = "wb", answer.headers.get("Content-Length", str(size)) == str(size)
-        if fits:
-            with open(path, mode) as f, contextlib.suppress(requests.RequestException):
-                shown = {"total": size // BLOCK, "initial": f.tell() // BLOCK, "disable": None}
-                f.writelines(tqdm(answer.iter_content(BLOCK), path.name, **shown))
+        # A server that ignores Range answers 200 and starts with the first byte.
+        start = f.tell() if answer.status_code == 206 else 0
+        # Another length means another file, such as a page that explains an error.
+        if answer.headers.get("Content-Length") == str(size - start):
+            f.seek(start)
+            f.truncate()
+            shutil.copyfileobj(answer.raw, f, BLOCK)
