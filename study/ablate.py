@@ -8,7 +8,6 @@ seeds try the given rates and more in steps of sqrt(2), until an arm's best rate
 others. Then the seeds of --seed measure it there. After an interruption the same command continues.
 """
 
-import contextlib
 import itertools
 import shlex
 import statistics
@@ -154,13 +153,13 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     register()
     study, options = read_options(argv)
-    with contextlib.nullcontext() if options.dry_run else locked(study.folder):
-        runs.check_plan(study)
-        runs.read(study)
-        runs.check(study)
-        if options.dry_run:
-            print_runs(study)
-            return 0
+    runs.check_plan(study)
+    runs.read(study)
+    runs.check(study)
+    if options.dry_run:
+        print_runs(study)
+        return 0
+    with locked(study.folder):
         command = shlex.join(["python", "-m", "study.ablate", *argv])
         plan = {key: getattr(study, key) for key in runs.PLAN}
         RunFolder(study.folder).write_json("study.json", {"command": command, **plan})

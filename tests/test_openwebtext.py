@@ -346,7 +346,7 @@ def test_a_wrong_file_is_refused(hub):
     ):
         with pytest.raises(UserError, match=f"^.*{message}.*$"):
             prepare(f"--mirror={mirror}", shards=str(shard))
-        assert Path("data").exists() is ("delete it" in message)
+        assert any(Path("data").iterdir()) is ("delete it" in message)
 
 
 # Archives may be damaged if their sum is neither published nor announced.
@@ -360,8 +360,8 @@ FLIPPED = xz(GOOD)[:HALF] + bytes([xz(GOOD)[HALF] ^ 0xFF]) + xz(GOOD)[HALF + 1 :
     "data, message",
     [
         (tar([("a.xz", FLIPPED)]), "[Cc]orrupt"),
-        (tar([("a.xz", xz(GOOD)[:-30])]), "ended before"),
-        (tar([("a.xz", b"")]), "ended before"),
+        (tar([("a.xz", xz(GOOD)[:-30])]), "cut off"),
+        (tar([("a.xz", b"")]), "cut off"),
         (tar([("a.xz", xz([("1.txt", b"fine"), ("2.txt", b"\xff\xfe")]))]), "0xff in position 0"),
         (tar([("a.xz", lzma.compress(b"no tar" * 200))]), "header"),
         (TWO[:1400], "cut off"),
@@ -378,7 +378,7 @@ def test_a_damaged_archive_is_named(data, message):
     with pytest.raises(UserError, match=f"^{FIRST} is damaged .*{message}.*delete it") as e:
         prepare_from({FIRST: data}, shards="3")
     assert "\n" not in str(e.value)
-    assert not Path("data").exists()
+    assert not any(Path("data").iterdir())
 
 
 @pytest.mark.slow
@@ -435,7 +435,7 @@ def test_refused_before_anything_is_done(hub, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=6_000_000))
     with pytest.raises(UserError, match="--source nowhere holds no urlsf_subset03.tar"):
         prepare("--source=nowhere")
-    assert not hub.requests and not Path("data").exists()
+    assert not hub.requests and not any(Path("data").iterdir())
 
 
 def test_two_at_once_are_refused(hub):

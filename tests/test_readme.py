@@ -168,7 +168,7 @@ def test_the_recipe_for_a_query_of_ones_own(tiny_config):
     python(fork / train_line[0], tiny_config, *train_line[2:])
     record = json.loads(Path("out/sigmoid/config.json").read_text())
     assert record["model"]["query_mode"] == "sigmoid" and record["parameters"]["query_path"] == 2 * 16**2
-    assert Path("out/sigmoid/summary.json").exists()
+    assert Path("out/sigmoid/best.pt").exists()
     pytest.importorskip("scipy", reason="a study needs scipy")
     pytest.importorskip("matplotlib", reason="a study needs matplotlib")
     words = [tiny_config, *ablate_line[3:], "--dry-run"]

@@ -27,7 +27,8 @@ from urllib3.exceptions import HTTPError
 
 from utils.download import download, tqdm
 from utils.files import locked, new_file
-from utils.settings import UserError, short
+from utils.options import short
+from utils.settings import UserError
 from utils.tokenizers import GPT2Tokenizer
 
 HUB = "https://huggingface.co"
@@ -36,6 +37,7 @@ REVISION = "f3808c30e817981b845ec549c43e82bb467d8144"  # the last one with these
 PARQUET_REVISION = "79d93d786212f7344586290adb811d4ae6a1762c"  # the same text in other files
 N_SHARDS = 21
 TOKEN_BYTES = 0.9e9  # for an archive's tokens
+MEMBER_BYTES = 1 << 28  # of an inner archive at most; the true ones have some 2 MB
 PUBLISHED = {"documents": 8_013_769, "tokens": 9_040_017_095, "val": 4_434_606}
 # The published sums of twelve archives, in the format of the command sha256sum.
 SUMS = Path(__file__).with_name("openwebtext.sha256").read_text().split()
@@ -63,19 +65,21 @@ def prepare(data_dir, shards, mirror, source, keep):
     tokenizer = GPT2Tokenizer(has_eot=True)
     try:
         with locked(work):
-            tokenize_archives(archives, work, Path(source or folder), address, tokenizer)
-            gather(archives, work, tokenizer)
-            os.rename(work / "result", target)
-        shutil.rmtree(work)
+            try:
+                tokenize_archives(archives, work, Path(source or folder), address, tokenizer)
+                gather(archives, work, tokenizer)
+                os.rename(work / "result", target)
+            finally:
+                if target.exists() or [path.name for path in work.iterdir()] == [".lock"]:
+                    shutil.rmtree(work)
+                else:
+                    print(f"{work} keeps what is finished; the same command continues", flush=True)
     except (RequestException, HTTPError) as e:
         # requests puts a long address before the cause.
         cause = str(e).rpartition("Caused by ")[2][:200]
         hint = "try again, another --mirror, or --source"
         hint += f" (but not the parquet files of revision {PARQUET_REVISION})"
         raise UserError(f"{address}: {cause}; {hint}") from None
-    except (KeyboardInterrupt, OSError):
-        print(f"\nstopped; {work} keeps what is finished; the same command continues", flush=True)
-        raise
 
 
 def tokenize_archives(archives, work, folder, address, tokenizer):
@@ -167,7 +171,11 @@ def tokenize_member(data, tokenizer):
     """Return an inner archive's tokens as bytes, and each document's (tokens, bytes of text)."""
     tokens = []
     lengths = []
-    with tarfile.open(fileobj=io.BytesIO(lzma.decompress(data)), mode="r:") as tar:
+    decompressor = lzma.LZMADecompressor()
+    raw = decompressor.decompress(data, MEMBER_BYTES)
+    if not decompressor.eof:
+        raise lzma.LZMAError(f"a member is cut off, or has more than {MEMBER_BYTES:,} bytes")
+    with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as tar:
         for document in files(tar, ".txt"):
             # The corpus's own loader leaves one empty line in a row at most, and none at the ends.
             text = re.sub("\n\n\n+", "\n\n", document.decode()).strip().encode()
