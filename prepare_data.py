@@ -42,14 +42,10 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 @dataclass
 class Document:
-    """A text, and a name of it that is the same on every machine.
-
-    content is a file, or bytes that begin at an offset of the file.
-    """
+    """A text, and a name of it that is the same on every machine."""
 
     name: str
-    content: Path | bytes
-    offset: int = 0
+    content: Path | bytes  # a file, or the text itself
 
     def read(self):
         return self.content if isinstance(self.content, bytes) else self.content.read_bytes()
@@ -74,7 +70,7 @@ def split(documents):
         cut = int(0.9 * len(data))
         while cut < len(data) and data[cut] & 0xC0 == 0x80:  # inside a character of UTF-8
             cut += 1
-        return {"train": [Document(name, data[:cut])], "val": [Document(name, data[cut:], cut)]}
+        return {"train": [Document(name, data[:cut])], "val": [Document(name, data[cut:])]}
 
     def order(document):
         digest = hashlib.sha256(os.fsencode(document.name)).digest()
@@ -115,12 +111,8 @@ def write_parts(folder, documents, tokenizer_kind, source):
     tokenizer = load_tokenizer(spec)
     largest = tokenizer.vocab_size - 1
     dtype = next(t for t in ("uint8", "uint16", "uint32") if largest <= np.iinfo(t).max)
-    meta = {
-        "source": source,
-        "tokenizer": tokenizer.spec,
-        "vocab_size": tokenizer.vocab_size,
-        "dtype": dtype,
-    }
+    meta = {"source": source, "tokenizer": tokenizer.spec}
+    meta |= {"vocab_size": tokenizer.vocab_size, "dtype": dtype}
     for part, of_part in split(documents).items():
         meta[part] = write_split(folder / f"{part}.bin", of_part, tokenizer, dtype)
         n = meta[part]["tokens"]
@@ -147,12 +139,8 @@ def write_split(path, documents, tokenizer, dtype):
             sha256.update(ids)
             n_tokens += len(ids)
             text_bytes += len(data)
-    return {
-        "documents": len(documents),
-        "tokens": n_tokens,
-        "text_bytes": text_bytes,
-        "sha256": sha256.hexdigest(),
-    }
+    sizes = {"documents": len(documents), "tokens": n_tokens, "text_bytes": text_bytes}
+    return {**sizes, "sha256": sha256.hexdigest()}
 
 
 def encode(document, data, encoder):
@@ -160,9 +148,8 @@ def encode(document, data, encoder):
     try:
         return encoder(data)
     except UnicodeDecodeError as e:
-        where = f"byte 0x{data[e.start]:02x} at offset {document.offset + e.start}"
-        hint = "--tokenizer byte takes any file"
-        raise UserError(f"{document.name} is not UTF-8 text ({where}); {hint}") from None
+        problem = f"{document.name} is not UTF-8 text (it has the byte 0x{data[e.start]:02x})"
+        raise UserError(f"{problem}; --tokenizer byte takes any file") from None
 
 
 def standard_library(name):
@@ -198,21 +185,16 @@ def bytecode(source):
 
 def shakespeare(name, file=None):
     """Tiny Shakespeare, downloaded or from a copy; its sha256 is compared either way."""
+    import requests  # the other data sets need no download
+
     place = file or SHAKESPEARE_URL
     hint = f"download it elsewhere, then: python prepare_data.py {name} --input FILE"
-    if file:
-        text = Path(file).read_bytes()
-    else:
-        import requests  # the other data sets need no download
-
-        try:
-            text = requests.get(SHAKESPEARE_URL, timeout=30).content
-        except requests.RequestException as e:
-            raise UserError(f"could not fetch {place} ({type(e).__name__}); {hint}") from None
-    sha256 = hashlib.sha256(text).hexdigest()
-    if sha256 != SHAKESPEARE_SHA256:
-        problem = f"{place} is not tiny Shakespeare: its sha256 is {sha256}"
-        raise UserError(f"{problem}, not {SHAKESPEARE_SHA256}; {hint}")
+    try:
+        text = Path(file).read_bytes() if file else requests.get(place, timeout=30).content
+    except OSError as e:  # those of requests, too
+        raise UserError(f"could not fetch {place} ({type(e).__name__}); {hint}") from None
+    if hashlib.sha256(text).hexdigest() != SHAKESPEARE_SHA256:
+        raise UserError(f"{place} is not tiny Shakespeare, by its sha256; {hint}")
     tokenizer_kind = "char" if name == "shakespeare_char" else "gpt2"
     write_dataset(name, [Document("input.txt", text)], tokenizer_kind, SHAKESPEARE_URL)
 
@@ -246,13 +228,11 @@ def read_options(argv):
     own.add_argument("--input", nargs="+", required=True, help="files or folders")
     own.add_argument("--tokenizer", choices=["gpt2", "char", "byte"], default="gpt2")
     corpus = datasets.add_parser("openwebtext")
-    shards = "0 to 20, or 0-3: a part of the corpus"
-    corpus.add_argument("--shards", type=shard_range, default="0-20", help=shards)
+    corpus.add_argument("--shards", type=shard_range, default="0-20", help="a part: 0-3")
     place = corpus.add_mutually_exclusive_group()
     address = checked(str, re.compile("https?://").match, "must begin with http:// or https://")
     place.add_argument("--mirror", type=address, help="a server instead of https://huggingface.co")
-    folder = checked(str, len, "is no folder")
-    place.add_argument("--source", type=folder, help="a folder that holds the archives")
+    place.add_argument("--source", help="a folder that holds the archives")
     corpus.add_argument("--keep", action="store_true", help="keep the downloaded archives")
     return parser.parse_args(argv)
 
@@ -276,9 +256,8 @@ def main(argv=None):
     elif options.dataset == "openwebtext":
         from utils import openwebtext  # only this one needs requests
 
-        openwebtext.prepare(
-            DATA_DIR, options.shards, options.mirror, options.source, options.keep
-        )
+        places = (options.mirror, options.source, options.keep)
+        openwebtext.prepare(DATA_DIR, options.shards, *places)
     else:
         shakespeare(options.dataset, options.input)
 

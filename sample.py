@@ -4,7 +4,6 @@ An encoder fills in masked tokens instead: each <mask> in the prompt is one toke
 is none, each _ is.
 """
 
-import argparse
 import codecs
 import sys
 from pathlib import Path
@@ -18,9 +17,6 @@ from utils.generation import FORMATS, for_generation, generate_tokens
 from utils.options import checked
 from utils.settings import Parser, UserError, run_program
 from utils.tokenizers import load_tokenizer
-
-# Options that an encoder has no use for.
-DECODER_ONLY = ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
 
 
 def load_model(folder, device, dtype=None):
@@ -154,12 +150,6 @@ def main(argv=None):
     model, spec = load_model(options.run, pick_device(options.device), options.dtype)
     tokenizer = load_tokenizer(spec)
     is_encoder = not model.config.causal
-    if is_encoder:
-        defaults = read_options([options.run])
-        for name in DECODER_ONLY:
-            if getattr(options, name) != getattr(defaults, name):
-                problem = f"--{name} has no meaning for {options.run}"
-                raise UserError(f"{problem}, which is an encoder", status=2)
     prompt = encode_prompt(options.prompt, tokenizer, model.config.block_size, is_encoder)
     prompt = prompt.to(next(model.parameters()).device)
     (write_filled if is_encoder else write)(model, prompt, tokenizer, options)

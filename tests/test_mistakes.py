@@ -125,7 +125,6 @@ NOT_UNDERSTOOD = [
     "openwebtext --shards=all",
     "openwebtext --shards=21",
     "openwebtext --mirror=huggingface.co",
-    "openwebtext --source=",
     "openwebtext --mirror=http://x --source=y",
     "text --name=../x --input tiny.txt",
     "text --name=x --input tiny.txt --tokenizer=bpe",
@@ -253,7 +252,6 @@ MISTAKES = [
     *each("sample", "out/encoder{}", ("", " --prompt=1"), FAILURE, "--prompt with <mask> or _"),
     ("sample", "out/encoder --prompt=Ω_", FAILURE, "U+03A9"),
     ("sample", f"out/encoder --prompt={'1_' * 9}", FAILURE, "18 tokens, but the model sees 16"),
-    ("sample", "out/encoder --prompt=1_ --top_k=2", USAGE, "--top_k has no meaning for out/enc"),
     # prepare_data.py
     *[("prepare_data", f"text {words}", FAILURE, error) for words, error in NOT_PREPARED.items()],
     ("prepare_data", "text --input tiny.txt", USAGE, "--name"),
