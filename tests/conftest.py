@@ -1,4 +1,4 @@
-"""What the tests share: a folder of one's own with a tiny data set, and programs run as a user runs them."""
+"""What the tests share: folders of their own, a tiny data set, programs as a user runs them."""
 
 import json
 import os
@@ -82,8 +82,9 @@ def gpt2_vocabulary(monkeypatch):
 def start(program, *arguments, environment=None, **options):
     """Start a program, of the project or in the current folder -> Popen with its text output."""
     path = ROOT / program if (ROOT / program).exists() else program
-    own = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1", **(environment or {})}
-    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8", "env": os.environ | own}
+    own = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
+    options["env"] = os.environ | own | (environment or {})
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
     return subprocess.Popen([sys.executable, path, *map(str, arguments)], **options)
 
 

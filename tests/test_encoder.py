@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import re
-import types
 from pathlib import Path
 
 import numpy as np
@@ -150,16 +149,6 @@ def test_masks_are_filled_in_from_both_sides(a_reader, capsys):
     # Where there is a <mask>, an underscore is text.
     Path("p.txt").write_text("<mask>bc_xy<mask>\n")
     assert printed(capsys, a_reader, "--prompt=FILE:p.txt").split("\n")[:2] == ["abc_xyz", ""]
-
-
-def test_what_is_printed_of_a_mask_fits_a_terminal(capsys):
-    pieces = [bytes([65 + i]) * length for i, length in enumerate((30, 18, 12, 3, 90, 1))]
-    decode = lambda ids: b"".join(pieces[i] for i in ids)  # noqa: E731
-    tokenizer = types.SimpleNamespace(pieces=pieces, vocab_size=6, decode=decode)
-    model = GPT(GPTConfig(4, 7, 1, 2, 16, causal=False))
-    sample.write_filled(model, torch.tensor([[6, 3, 6, 6]]), tokenizer, None)
-    _, *lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and all(line.count("%") >= 2 and len(line) <= 80 for line in lines)
 
 
 def test_the_most_certain_mask_is_filled_in_first_and_seen_by_the_others():

@@ -37,7 +37,6 @@ CONFIGS = {
     "typo.py": "lerning_rate = 1e-2",
     "text.py": "n_layer = 'two'",
     "true.py": "max_iters = True",
-    "three.py": "compile = 3",
 }
 # Texts that are neither a meta.json nor a config.json.
 META = {"brace": "{", "dict": "{}", "list": "[]", "foreign": '{"settings": [], "x": ["GPT2"]}'}
@@ -104,38 +103,19 @@ def each(program, command, names, status, words):
 
 RESUMED = {  # changes to a run that is resumed
     "--n_embd=16": "n_embd was 8, now is 16",
-    "--n_layer=3": "n_layer was 1, now is 3",
     "--query_mode=linear": "query_mode was nonlinear, now is linear",
-    "--seed=2": "seed was 1337, now is 2",
     "--learning_rate=0.5": "learning_rate was 0.01, now is 0.5",
-    "--eval_tokens=40": "eval_tokens was 50, now is 40",
     "--batch_size=4": "sequences in a step was 2, now is 4",
     "--max_iters=20": "lr_decay_iters was 2, now is 20",
     "--dataset=other": "data set was",
     "--objective=masked": "objective was next, now is masked",
-    "--mask_share=0.3": "mask_share was 0.15, now is 0.3",
 }
-NOT_UNDERSTOOD = [
-    "wikipedia",
-    "stdlib --keep",
-    "stdlib --input tiny.txt",
-    "shakespeare --tokenizer=char",
-    "shakespeare --input tiny.txt empty.txt",
-    "openwebtext --shards=3-1",
-    "openwebtext --shards=all",
-    "openwebtext --shards=21",
-    "openwebtext --mirror=huggingface.co",
-    "openwebtext --mirror=http://x --source=y",
-    "text --name=../x --input tiny.txt",
-    "text --name=x --input tiny.txt --tokenizer=bpe",
-]
+NOT_UNDERSTOOD = ["wikipedia", "stdlib --input tiny.txt", "text --name=../x --input tiny.txt"]
+NOT_UNDERSTOOD += [f"openwebtext {flag}" for flag in ("--shards=3-1", "--shards=21", "--mirror=x")]
 NOT_SAMPLED = {  # options of sample.py
     "--temperature=-1": "--temperature: '-1' is not 0 or above",
     "--top_p=0": "--top_p: '0' is not in (0, 1]",
-    "--top_k=many": "many",
     "--num_samples=0": "--num_samples: '0' is not 1 or above",
-    "--max_new_tokens=x": "'x'",
-    "--seed=99999999999999999999": "--seed: '99999999999999999999' is not in",
     "--promt=x": "--promt=x",
 }
 NOT_PROMPTED = {
@@ -150,16 +130,13 @@ NOT_A_SETTING = {
     "--lerning_rate=1": "unrecognized arguments: --lerning_rate=1",
     "--causal=false": "unrecognized arguments: --causal=false",
     "--n_layer=1.5": "--n_layer: invalid int value: '1.5'",
-    "--max_iters=ten": "--max_iters: invalid int value: 'ten'",
     "--learning_rate=fast": "--learning_rate: invalid float value: 'fast'",
     "--resume=maybe": "--resume: invalid bool value: 'maybe'",
     "--seed": "--seed: expected one argument",
     "--learning_rate=nan": "learning_rate=nan must be 0 or above",
     "--batch_size=0": "batch_size=0 must be 1 or above",
-    "--gradient_accumulation_steps=-1": "gradient_accumulation_steps=-1",
     "--n_layer=0": "n_layer=0 must be 1 or above",
     "--seed=-1": "seed=-1 must be 0 or above",
-    "--lr_schedule=step": "lr_schedule=step must be cosine or linear",
     "--objective=mask": "objective=mask must be next or masked",
     "--dtype=int8": "dtype=int8 must be float32 or bfloat16 or float16",
     "--query_activation=relu": "query_activation=relu must be gelu or none",
@@ -215,7 +192,6 @@ MISTAKES = [
     ("train", "typo.py", USAGE, "unrecognized arguments: --lerning_rate=0.01"),
     ("train", "text.py", USAGE, "--n_layer: invalid int value: 'two'"),
     ("train", "true.py", USAGE, "--max_iters: invalid int value: 'True'"),
-    ("train", "three.py", USAGE, "--compile: invalid bool value: '3'"),
     *[("train", f"tiny.py {flag}", USAGE, words) for flag, words in NOT_A_SETTING.items()],
     # data
     ("train", "tiny.py --dataset=nowhere", FAILURE, "python prepare_data.py --help"),

@@ -5,7 +5,6 @@ test_encoder.py has what is particular to masked tokens; both objectives run her
 
 import dataclasses
 import hashlib
-import io
 import json
 import math
 import os
@@ -32,7 +31,7 @@ from utils import device as device_module
 from utils.data import Dataset
 from utils.device import autocast, resolve
 from utils.flops import flops_per_token, peak_tflops
-from utils.settings import UserError, read_command, run_program
+from utils.settings import UserError, read_command
 
 both_objectives = pytest.mark.parametrize("objective", ["next", "masked"])
 NO_SCALER = torch.amp.GradScaler(enabled=False)
@@ -501,15 +500,6 @@ def test_a_run_may_change_its_number_format(tiny_config, whole_run):
     assert session["at_step"] == 12 and session["settings"]["dtype"] == "bfloat16"
 
 
-def test_a_run_in_float16_continues_one_that_was_not(whole_run):
-    saved, state = checkpoint(whole_run), {"step": 0}
-    scaler = torch.amp.GradScaler("cpu", enabled=True)
-    model = GPT(GPTConfig(**saved["config"]))
-    train.restore(saved, model, train.make_optimizer(model, Settings()), scaler, state)
-    assert state["step"] == 12
-    assert scaler.get_scale() == torch.amp.GradScaler("cpu").get_scale()
-
-
 def test_float16s_loss_scale_continues_as_if_the_run_had_not_stopped(tiny_config, monkeypatch):
     scaler = torch.amp.GradScaler  # the CPU has none for float16, but scales float32's gradients
     grow = lambda device, enabled: scaler("cpu", growth_interval=3)  # noqa: E731
@@ -619,10 +609,3 @@ def test_one_of_several_processes_ends_before_anything_can_abort_it():
     ends = [run("late.py", environment={"WORLD_SIZE": str(n)}) for n in (1, 2)]
     assert [end.returncode for end in ends] == [-signal.SIGABRT, 3]
     assert [end.stdout for end in ends] == ["done\n"] * 2
-
-
-def test_a_program_runs_where_the_output_is_no_terminal_or_file(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", io.StringIO())  # as in a notebook
-    with pytest.raises(SystemExit):
-        run_program(lambda: print("printed"))
-    assert sys.stdout.getvalue() == "printed\n"
