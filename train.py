@@ -341,8 +341,8 @@ def train(settings, config):
                 values = {"train_loss": train_loss, "learning_rate": lr, "grad_norm": norm}
                 run.log(step, **values, tokens_per_second=speed, seconds=now - started)
 
-    print0(f"done in {timedelta(seconds=round(time.perf_counter() - started))}")
-    print0(f"sample from it: python sample.py {run.path}")
+    seconds = round(time.perf_counter() - started)
+    print0(f"done in {timedelta(seconds=seconds)}; sample from it: python sample.py {run.path}")
     return 0
 
 
