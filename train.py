@@ -55,7 +55,7 @@ class Settings:
     beta2: float = 0.95  # AdamW's decay of the mean squared gradient
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
     # evaluation and logging
-    eval_interval: int = 1000  # steps between evaluations; each but the first saves a checkpoint
+    eval_interval: int = 1000  # steps between evaluations; each after step 0 saves a checkpoint
     eval_tokens: int | None = None  # evaluate on the first eval_tokens of val.bin; auto: all
     log_interval: int = 10  # steps between log lines
     wandb_log: bool = False  # log to Weights & Biases, too (needs the package wandb)
@@ -76,7 +76,7 @@ def get_offsets(data, seed, step, n):
 
 
 def get_windows(data, split, offsets, end):
-    """The tokens at offsets (n,) -> (n, block_size + 1) int64; -1 from position end of the file."""
+    """The tokens at offsets (n,) -> (n, block_size + 1) int64, with -1 from position `end` on."""
     tokens = data.tokens(split)[:end]
     windows = np.full((len(offsets), data.block_size + 1), -1, np.int64)
     for window, offset in zip(windows, offsets):
@@ -109,7 +109,7 @@ def mask_tokens(x, mask_id, settings, offsets, mask_key):
 def get_batch(data, split, offsets, settings, mask_key, end=None):
     """The sequences at offsets (n,) -> inputs x and targets y, (n, block_size) each, on the device.
 
-    The loss ignores targets of -1: those from position end of the file, and unmasked tokens.
+    The loss ignores targets of -1: those from position `end` on, and for an encoder unmasked ones.
     """
     windows = get_windows(data, split, offsets, end)
     x, y = windows[:, :-1], windows[:, 1:]
@@ -123,7 +123,7 @@ def get_batch(data, split, offsets, settings, mask_key, end=None):
 
 
 def get_micro_batches(data, settings, step):
-    """This process's part of the batch of a step, one micro-batch (x, y) at a time."""
+    """This process's micro-batches (x, y) of a step, which log lines count as step + 1."""
     # Draw the whole step and then divide it, so that neither the size of a micro-batch nor the
     # number of processes changes the data.
     n = settings.gradient_accumulation_steps * settings.batch_size
@@ -149,7 +149,7 @@ def evaluate(model, data, settings):
     if settings.objective == "masked":  # whole windows: an encoder would see the padding of others
         n = max(data.block_size, n - n % data.block_size)
     offsets = np.arange(0, n, data.block_size)
-    missing = -len(offsets) % settings.batch_size  # windows without a target fill the last batch
+    missing = -len(offsets) % settings.batch_size  # windows past the end fill the last batch
     offsets = np.pad(offsets, (0, missing), constant_values=n + 1)
     total = 0.0
     count = 0
@@ -229,10 +229,10 @@ def fit_to_data(config, settings, data):
 
 
 def save(run, model, optimizer, scaler, data, state, is_best=False):
-    """Write ckpt.pt, from which --resume continues, and best.pt, which sample.py reads."""
+    """Write ckpt.pt, from which --resume continues; if is_best also best.pt, for sample.py."""
     checkpoint = {"model": model.state_dict(), "config": asdict(model.config)}
     checkpoint |= {"tokenizer": data.tokenizer, "state": state}
-    # best.pt comes first: if we are killed between the two, --resume comes here again.
+    # best.pt comes first: if we are killed between the two, --resume writes both again.
     if is_best:
         run.save("best.pt", checkpoint)
     training = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
@@ -271,7 +271,7 @@ def train(settings, config):
     # The progress of the run. It holds no random state, since all seeds follow from the step.
     state = {"step": 0, "val": None, "best_val_loss": math.inf, "seconds": 0.0}
 
-    # stop collects signals; checkpoint is the content of ckpt.pt, or None for a new run.
+    # stop: a list of received signals. checkpoint: the content of ckpt.pt, None for a new run.
     run = RunFolder(settings.out_dir, writes=rank() == 0 and not settings.eval_only)
     with run.open(describe(settings, model, data), settings) as checkpoint, stop_signals() as stop:
         if checkpoint:
@@ -289,16 +289,16 @@ def train(settings, config):
         lap = None  # the step and the time from which the speed is measured
 
         while True:
-            # Signals count here only, between steps. One to any process stops all of them.
+            # A signal to any process stops all of them here; during an evaluation, a step later.
             if sum_over_ranks(len(stop), "cpu"):
-                check_finite(sum(p.sum() for p in model.parameters()), run, step, settings)
+                check_finite(sum(w.sum() for w in model.state_dict().values()), run, step, settings)
                 state.update(step=step, seconds=time.perf_counter() - started)
                 save(run, model, optimizer, scaler, data, state)
-                barrier()  # wait until rank 0 has saved; an exiting process would kill the others
+                barrier()  # wait until rank 0 has saved: torchrun kills all when one process ends
                 print0(f"stopped after step {step} and saved; --resume continues")
                 return 128 + (stop[0] if stop else signal.SIGTERM)
 
-            # Evaluate and save. After resuming, the checkpoint may already have the result.
+            # Evaluate and save, unless the checkpoint that was resumed has this step's result.
             is_last = settings.eval_only or step >= settings.max_iters
             is_known = state["val"] is not None and state["val"]["step"] == step
             is_due = (is_last or step % settings.eval_interval == 0) and not is_known
@@ -323,7 +323,7 @@ def train(settings, config):
             loss, norm = train_step(replica, optimizer, scaler, data, settings, step)
             step += 1
 
-            # Log. Between evaluations, the GPU is waited for only here, where numbers are read.
+            # Log. Only logging, evaluating and saving wait for the GPU.
             if step % settings.log_interval == 0 or step == 1:
                 train_loss = sum_over_ranks(loss, settings.device) / world_size()
                 check_finite(train_loss, run, step, settings)
