@@ -1,7 +1,6 @@
 """Let a trained model write: python sample.py out/NAME [--prompt=TEXT | --prompt=FILE:path] [...]
 
-An encoder fills in masked tokens instead: each <mask> in the prompt is one token, or, where there
-is none, each _ is.
+An encoder fills in masked tokens instead: each <mask> in the prompt is one token.
 """
 
 import codecs
@@ -43,7 +42,7 @@ def encode_prompt(prompt, tokenizer, block_size, is_encoder=False):
     """The --prompt option -> token ids (1, T), 1 <= T <= block_size.
 
     None begins a new document, or a new line where the data had a single document.
-    For an encoder, <mask> or _ becomes the mask token, the first id beyond the tokenizer's.
+    For an encoder, <mask> becomes the mask token, the first id beyond the tokenizer's.
     """
     if prompt is None and tokenizer.eot is not None and not is_encoder:
         return torch.tensor([[tokenizer.eot]])
@@ -54,9 +53,9 @@ def encode_prompt(prompt, tokenizer, block_size, is_encoder=False):
         raise UserError("the prompt is empty; leave out --prompt to begin a new document")
     parts = [text]
     if is_encoder:
-        parts = text.split(b"<mask>" if b"<mask>" in text else b"_")
+        parts = text.split(b"<mask>")
         if len(parts) == 1:
-            raise UserError("this model is an encoder: it needs a --prompt with <mask> or _ in it")
+            raise UserError("this model is an encoder: it needs a --prompt with <mask> in it")
     try:
         ids = tokenizer.encode(parts[0]).tolist()
         for part in parts[1:]:

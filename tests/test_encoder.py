@@ -138,7 +138,7 @@ def a_reader():
 
 
 def test_masks_are_filled_in_from_both_sides(a_reader, capsys):
-    text, *lines, end = printed(capsys, a_reader, "--prompt=_bc_x__").split("\n")
+    text, *lines, end = printed(capsys, a_reader, "--prompt=<mask>bc<mask>x<mask><mask>").split("\n")
     assert text == "abc_xyz" and end == ""
     tops = [line.split("'")[:2] for line in lines]
     assert tops == [[f"mask  {n}  ", c] for n, c in enumerate("a_yz", 1)]
@@ -146,7 +146,6 @@ def test_masks_are_filled_in_from_both_sides(a_reader, capsys):
         shares = [float(share) for share in re.findall(r" ([\d.]+)%", line)]
         assert shares == sorted(shares, reverse=True) and 50 < sum(shares) <= 100.5
         assert 2 <= len(shares) <= 5 and len(line) <= 80
-    # Where there is a <mask>, an underscore is text.
     Path("p.txt").write_text("<mask>bc_xy<mask>\n")
     assert printed(capsys, a_reader, "--prompt=FILE:p.txt").split("\n")[:2] == ["abc_xyz", ""]
 

@@ -103,7 +103,7 @@ def test_an_imported_run_samples_evaluates_and_trains(objective, tiny_data, caps
     recipe = "--max_iters=3 --batch_size=2 --gradient_accumulation_steps=1 --eval_tokens=200 "
     recipe += f"--learning_rate=1e-2 --warmup_iters=0 --objective={objective}"
     import_checkpoint.main(["foreign.pt", "out/x", *FLAGS, *recipe.split()])
-    words = ["--max_new_tokens=5"] if objective == "next" else ["--prompt=1_"]
+    words = ["--max_new_tokens=5"] if objective == "next" else ["--prompt=1<mask>"]
     assert sample.main(["out/x", "--device=cpu", *words]) == 0
     before = checkpoint("out/x")["model"]
     assert train.main(["out/x/config.py", "--resume"]) == 0
