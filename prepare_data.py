@@ -1,7 +1,6 @@
 """Turn text into tokens, data/NAME: python prepare_data.py NAME
 
     stdlib            this Python's standard library as bytes; no network
-    bytecode          the instructions that Python compiles it to; no network
     shakespeare_char  tiny Shakespeare, one token for each character
     shakespeare       tiny Shakespeare, GPT-2's BPE
     text              your own files: --name NAME --input FILE_OR_FOLDER ...
@@ -12,7 +11,6 @@ them. A data set appears when it is complete. NAME --help lists its options.
 """
 
 import argparse
-import dis
 import hashlib
 import itertools
 import json
@@ -22,8 +20,6 @@ import re
 import shutil
 import sys
 import sysconfig
-import types
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,35 +148,14 @@ def encode(document, data, encoder):
         raise UserError(f"{problem}; --tokenizer byte takes any file") from None
 
 
-def standard_library(name):
-    """stdlib or bytecode: the source of Python's library, or the instructions compiled from it."""
+def standard_library():
+    """The source of Python's standard library, as bytes."""
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
     documents = find_documents(Path(sysconfig.get_path("stdlib")), "*.py", skip)
     if not documents:
         raise UserError("this Python has no standard library as files (*.py)")
     source = f"Python {platform.python_version()}'s standard library"
-    if name == "bytecode":
-        documents = [Document(document.name, bytecode(document.read())) for document in documents]
-        source += ", compiled"
-    write_dataset(name, documents, "byte", source)
-
-
-def bytecode(source):
-    """Python source -> its instructions, two bytes each: operation, and lowest byte of argument.
-
-    Those of a function come after those of the code that defines it. Names, constants and inline
-    caches are left out. Nothing is executed.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # strings with odd escapes
-        module = compile(source, "a module", "exec", dont_inherit=True)
-    codes = [module]
-    pairs = []
-    for code in codes:  # the list grows
-        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-        pairs += zip(code.co_code[::2], code.co_code[1::2])
-    cache = dis.opmap.get("CACHE")
-    return bytes(itertools.chain.from_iterable(pair for pair in pairs if pair[0] != cache))
+    write_dataset("stdlib", documents, "byte", source)
 
 
 def shakespeare(name, file=None):
@@ -218,7 +193,6 @@ def read_options(argv):
     parser = Parser(description=__doc__)
     datasets = parser.add_subparsers(dest="dataset", metavar="NAME", required=True)
     datasets.add_parser("stdlib")
-    datasets.add_parser("bytecode")
     for name in ("shakespeare_char", "shakespeare"):
         copy = datasets.add_parser(name)
         copy.add_argument("--input", help="a copy of the text, where there is no network")
@@ -249,8 +223,8 @@ def shard_range(text):
 
 def main(argv=None):
     options = read_options(sys.argv[1:] if argv is None else argv)
-    if options.dataset in ("stdlib", "bytecode"):
-        standard_library(options.dataset)
+    if options.dataset == "stdlib":
+        standard_library()
     elif options.dataset == "text":
         text(options.name, options.input, options.tokenizer)
     elif options.dataset == "openwebtext":

@@ -1,6 +1,5 @@
 """prepare_data.py against independent readings of the same text."""
 
-import dis
 import hashlib
 import json
 import random
@@ -89,25 +88,6 @@ def test_stdlib_holds_this_pythons_source_split_by_file():
     size = {part: sum(map(len, documents[part])) for part in documents}
     assert 0.03 < size["val"] / size["train"] < 0.3
     assert f"{sys.version_info[0]}.{sys.version_info[1]}" in meta["source"]
-
-
-def test_bytecode_holds_the_instructions_of_each_module_and_of_all_functions_in_it():
-    """As Python's own disassembler lists them."""
-    prepare_data.main(["bytecode"])
-    documents = []
-    for part in ("train", "val"):
-        ids, meta = read("bytecode", part)
-        documents += "".join(map(chr, ids)).split(chr(256))[:-1]
-        assert meta["vocab_size"] == 257
-    for name in ("ast.py", "json/decoder.py", "typing.py"):
-        source = Path(sysconfig.get_path("stdlib"), name).read_text("utf-8")
-        queue, expected = [compile(source, name, "exec")], b""
-        while queue:
-            code = queue.pop(0)
-            for instruction in dis.get_instructions(code):
-                expected += bytes([instruction.opcode, (instruction.arg or 0) % 256])
-            queue += [constant for constant in code.co_consts if hasattr(constant, "co_code")]
-        assert len(expected) > 2000 and expected.decode("latin-1") in documents
 
 
 def test_the_split_does_not_depend_on_the_order_of_the_listing():

@@ -10,7 +10,7 @@ import numpy as np
 from utils.settings import UserError
 
 DATA_DIR = Path("data")
-SMALL = ("stdlib", "bytecode", "shakespeare_char", "shakespeare")  # train.py prepares these itself
+SMALL = ("stdlib", "shakespeare_char", "shakespeare")  # train.py prepares these itself
 
 
 class Dataset:
