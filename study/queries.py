@@ -4,8 +4,7 @@
     python -m study.queries sample RUN ...   sample.py with these queries
 
 x (B, T, d) is the attention layer's input after ln_1, q (B, T, d) the query, f the paper's f, and
-N an RMSNorm of each head without gains. A fixed gain on a channel of q adds nothing, because W_K
-can absorb it; a factor that depends on the token does.
+N an RMSNorm of each head without gains. W_K can absorb a fixed gain on a channel of q.
 """
 
 import sys
@@ -39,16 +38,21 @@ def per_head(x, n_head):
     return F.rms_norm(heads, heads.shape[-1:], eps=1e-5).flatten(-2)
 
 
+def scale_heads(x, factors):
+    """x (..., d) with each head's part times its factor, factors (..., n_head)."""
+    heads = x.unflatten(-1, (factors.size(-1), -1))
+    return (heads * factors.unsqueeze(-1)).flatten(-2)
+
+
 class HeadGains(nn.Module):
-    """x (..., d) -> x with each head's part times a learned gain, which starts at 1."""
+    """g N(x): each head has a learned gain g, which starts at 1."""
 
     def __init__(self, n_head):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(n_head))
 
     def forward(self, x):
-        heads = x.unflatten(-1, (len(self.weight), -1))
-        return (heads * self.weight[:, None]).flatten(-2)
+        return scale_heads(per_head(x, len(self.weight)), self.weight)
 
 
 class MatchedLinearQuery(LinearQuery):
@@ -70,40 +74,30 @@ class AnchoredLinearQuery(nn.Module):
         return 0.5 * x + self.w(x)
 
 
-class ZeroNonlinearQuery(NonlinearQuery):
+def zero_nonlinear(config):
     """The paper's query with the gain of its LayerNorm 0 at the start, so that q starts at x/2."""
+    query = nonlinear(config)
+    nn.init.zeros_(query.layer_norm.weight)
+    return query
 
-    def __init__(self, config):
-        super().__init__(replace(config, query_mode="nonlinear"))
-        nn.init.zeros_(self.layer_norm.weight)
 
-
-class GatedQuery(nn.Module):
+class GatedQuery(AnchoredLinearQuery):
     """q = x sigmoid(x W) with W = 0 at the start, where q = x/2; d² parameters."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.w = linear(config.n_embd, config.n_embd, 0.0)
 
     def forward(self, x):
         return x * self.w(x).sigmoid()
 
 
 class TemperatureQuery(nn.Module):
-    """q = x softplus(x w + b) in each head: an inverse temperature that depends on the token.
-
-    Selective self-attention (arXiv:2411.12892) does the same to x W_Q; here W_Q is gone.
-    """
+    """q = x softplus(x w + b) in each head. arXiv:2411.12892 does the same to x W_Q."""
 
     def __init__(self, config):
         super().__init__()
-        self.n_head = config.n_head
         self.w = linear(config.n_embd, config.n_head, 0.0, bias=True)
 
     def forward(self, x):
         temperature = F.softplus(self.w(x) - 0.43275212956718856)  # 1/2 at the start
-        heads = x.unflatten(-1, (self.n_head, -1))
-        return (heads * temperature.unsqueeze(-1)).flatten(-2)
+        return scale_heads(x, temperature)
 
 
 class SwiGLUQuery(nn.Module):
@@ -112,8 +106,8 @@ class SwiGLUQuery(nn.Module):
     def __init__(self, config):
         super().__init__()
         d, r = config.n_embd, config.n_embd // 3
-        self.a = linear(d, r, 0.02)
-        self.b = linear(d, r, 0.02)
+        self.a = nn.Linear(d, r, bias=False)
+        self.b = nn.Linear(d, r, bias=False)
         self.c = linear(r, d, 0.0)
 
     def forward(self, x):
@@ -131,8 +125,6 @@ class KeyNormAttention(Attention):
 class PerHeadNonlinearQuery(nn.Module):
     """q = N(x) + g N(f(x)) with a gain g for each head, and keys N(k)."""
 
-    attention = KeyNormAttention
-
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
@@ -140,41 +132,35 @@ class PerHeadNonlinearQuery(nn.Module):
         self.gains = HeadGains(config.n_head)
 
     def forward(self, x):
-        f = self.nonlinear.f(x)
-        return per_head(x, self.n_head) + self.gains(per_head(f, self.n_head))
+        return per_head(x, self.n_head) + self.gains(self.nonlinear.f(x))
 
 
 class PerHeadLinearQuery(nn.Module):
     """q = N(x) + g N(x W): the query above with a linear map in the place of f."""
 
-    attention = KeyNormAttention
-
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
         self.gains = HeadGains(config.n_head)
-        self.w = linear(config.n_embd, config.n_embd, 0.02)
+        self.w = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x):
-        return per_head(x, self.n_head) + self.gains(per_head(self.w(x), self.n_head))
+        return per_head(x, self.n_head) + self.gains(self.w(x))
 
 
 def qk_normed(make):
     """The class of q = g N(q') for another query q', with a gain g for each head and keys N(k)."""
 
     class QKNormQuery(nn.Module):
-        attention = KeyNormAttention
-
         def __init__(self, config):
             super().__init__()
-            self.n_head = config.n_head
             self.inner = make(config)
             self.gains = HeadGains(config.n_head)
 
         def forward(self, x):
-            return self.gains(per_head(self.inner(x), self.n_head))
+            return self.gains(self.inner(x))
 
-    return QKNormQuery
+    return with_attention(QKNormQuery, KeyNormAttention)
 
 
 class GatedAttention(Attention):
@@ -195,42 +181,38 @@ class GatedAttention(Attention):
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
-class IdentityGatedQuery(IdentityQuery):
-    """q = x/2, and a gate after attention with as many parameters as W_Q."""
-
-    attention = GatedAttention
-
-
-class NonlinearKey(nn.Module):
-    """x (B, T, d) -> key (x + f(x)) / 2 and linear value, side by side (B, T, 2d)."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.linear = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.nonlinear = nonlinear(config)
+class KeyValue(nn.ModuleDict):
+    """x (B, T, d) -> the outputs of two modules, key and value, side by side (B, T, 2d)."""
 
     def forward(self, x):
-        return torch.cat((self.nonlinear(x), self.linear(x)), dim=-1)
+        return torch.cat([module(x) for module in self.values()], dim=-1)
 
 
-class NonlinearValue(NonlinearKey):
-    """x -> linear key and value (x + f(x)) / 2."""
+def nonlinear_key(config):
+    """Key (x + f(x)) / 2 and linear value."""
+    straight = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+    return KeyValue({"nonlinear": nonlinear(config), "linear": straight})
 
-    def forward(self, x):
-        return torch.cat((self.linear(x), self.nonlinear(x)), dim=-1)
+
+def nonlinear_value(config):
+    """Linear key and value (x + f(x)) / 2."""
+    straight = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+    return KeyValue({"linear": straight, "nonlinear": nonlinear(config)})
 
 
-class MatchedValue(nn.Module):
-    """x -> linear key and linear value, which starts with the variance of the nonlinear one."""
+def matched_value(config):
+    """Linear key and linear value, which starts with the variance of the nonlinear one."""
+    d = config.n_embd
+    return KeyValue({"key": linear(d, d, 0.02), "value": linear(d, d, (2 * d) ** -0.5)})
 
-    def __init__(self, config):
-        super().__init__()
-        d = config.n_embd
-        self.key = linear(d, d, 0.02)
-        self.value = linear(d, d, (2 * d) ** -0.5)
 
-    def forward(self, x):
-        return torch.cat((self.key(x), self.value(x)), dim=-1)
+def with_attention(query, attention_class):
+    """The class of a query that comes with its own attention."""
+
+    class QueryWithAttention(query):
+        attention = attention_class
+
+    return QueryWithAttention
 
 
 def with_key_value(query, make):
@@ -241,40 +223,35 @@ def with_key_value(query, make):
             super().__init__(config)
             self.key_value = make(config)
 
-    class QueryWithKeyValue(query):
-        attention = KeyValueAttention
-
-    return QueryWithKeyValue
+    return with_attention(query, KeyValueAttention)
 
 
 CANDIDATES = {
     # The paper's queries with another start.
     "linear_matched": MatchedLinearQuery,
     "linear_anchored": AnchoredLinearQuery,
-    "nonlinear_zero": ZeroNonlinearQuery,
+    "nonlinear_zero": zero_nonlinear,
     # Other functions of x.
     "gated": GatedQuery,
     "temperature": TemperatureQuery,
     "swiglu": SwiGLUQuery,
     # Queries and keys that are normalised in each head.
-    "nonlinear_per_head": PerHeadNonlinearQuery,
-    "linear_per_head": PerHeadLinearQuery,
+    "nonlinear_per_head": with_attention(PerHeadNonlinearQuery, KeyNormAttention),
+    "linear_per_head": with_attention(PerHeadLinearQuery, KeyNormAttention),
     "linear_qk_gain": qk_normed(LinearQuery),
     "identity_qk_gain": qk_normed(IdentityQuery),
     "nonlinear_qk_gain": qk_normed(nonlinear),
     # The d² parameters, or the nonlinearity, in another place than the query.
-    "identity_gated": IdentityGatedQuery,
-    "nonlinear_key": with_key_value(LinearQuery, NonlinearKey),
-    # The matched query makes the logits start as large as those of a nonlinear key.
-    "nonlinear_value": with_key_value(MatchedLinearQuery, NonlinearValue),
-    "linear_matched_value": with_key_value(MatchedLinearQuery, MatchedValue),
+    "identity_gated": with_attention(IdentityQuery, GatedAttention),
+    "nonlinear_key": with_key_value(LinearQuery, nonlinear_key),
+    "nonlinear_value": with_key_value(MatchedLinearQuery, nonlinear_value),
+    "linear_matched_value": with_key_value(MatchedLinearQuery, matched_value),
 }
 
 
 def register():
     """Add the candidates to model.py's QUERIES, where a fork's own query of that name wins."""
-    for name, query in CANDIDATES.items():
-        QUERIES.setdefault(name, query)
+    QUERIES.update(CANDIDATES | QUERIES)
 
 
 def main():

@@ -29,12 +29,14 @@ def test_a_linear_query_can_be_absorbed_exactly(skips, norms, shared, exact, cau
     for block in linear.blocks:
         block.attn.query = linear.blocks[0].attn.query if shared else block.attn.query
     idx = torch.randint(20, (4, 12), generator=generator)
-    expected = redundancy.logits(linear, idx, skips, norms)
-    assert not norms or torch.equal(expected, linear(idx))
+
+    def logits(model):
+        return model(idx) if norms else redundancy.logits(model, idx, skips)
+
+    expected = logits(linear)
 
     def off():
-        error = (expected - redundancy.logits(identity, idx, skips, norms)).abs().max()
-        return (error / expected.abs().max()).item()
+        return ((expected - logits(identity)).abs().max() / expected.abs().max()).item()
 
     left_over = identity.load_state_dict(linear.state_dict(), strict=False).unexpected_keys
     assert left_over == [f"blocks.{n}.attn.query.w_q.weight" for n in range(3)]
@@ -46,4 +48,5 @@ def test_a_linear_query_can_be_absorbed_exactly(skips, norms, shared, exact, cau
 def test_the_redundancy_in_numbers(capsys):
     redundancy.main()
     lines = capsys.readouterr().out.splitlines()
-    assert [": exact, " in line for line in lines] == [True, True, False]
+    off = [float(line.split("off by ")[1].split()[0]) for line in lines]
+    assert max(off[:2]) < 1e-10 and off[2] > 1e-2
