@@ -36,23 +36,21 @@ def ngram_losses(data, settings):
         batches += get_micro_batches(data, settings, step)
     x, y = (torch.cat(tensors).numpy() for tensors in zip(*batches))
     n = min(data.n_tokens("val") - 1, settings.eval_tokens or data.n_tokens("val"))
-    around = NEAREST[settings.objective]
     if settings.objective == "next":
         seen = tokens = np.concatenate([x[:, :1], y], axis=1)
         counted = np.ones_like(seen, bool)
-        val = np.asarray(data.tokens("val")[: n + 1], np.int64)[None]
-        val_near = neighbours(val, around, data)[:, 1:]
-        val_tokens = val[:, 1:]
+        val = val_tokens = np.asarray(data.tokens("val")[: n + 1], np.int64)[None]
+        val_counted = np.arange(n + 1)[None] > 0
     else:
         seen, tokens, counted = x, y, y >= 0
         offsets = np.arange(max(1, n // data.block_size)) * data.block_size
         batch = get_batch(data, "val", offsets, settings, mask_key=("validation",), end=n + 1)
-        val, targets = (tensor.numpy() for tensor in batch)
-        val_near = neighbours(val, around, data)[targets >= 0]
-        val_tokens = targets[targets >= 0]
+        val, val_tokens = (tensor.numpy() for tensor in batch)
+        val_counted = val_tokens >= 0
+    around = NEAREST[settings.objective]
     near = neighbours(seen, around, data)[counted]
-    val_near = val_near.reshape(-1, len(around))
-    return count(near, tokens[counted], val_near, val_tokens.ravel(), data.vocab_size)
+    val_near = neighbours(val, around, data)[val_counted]
+    return count(near, tokens[counted], val_near, val_tokens[val_counted], data.vocab_size)
 
 
 def neighbours(windows, around, data):

@@ -1,4 +1,4 @@
-"""Which runs a study asks for, and which learning rate is an arm's best; without files."""
+"""Which runs a study asks for, which rate is an arm's best, and how two arms differ."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import t
 
-from study import stats
-
+# The fields of a study that study.json holds.
+PLAN = ("config", "arms", "learning_rates", "tuning_seeds", "seeds", "comparisons")
 MOST_RATES = 16  # the search for an arm's rate gives up after so many
 
 
@@ -17,8 +18,39 @@ class Run(NamedTuple):
     learning_rate: float
     seed: int
 
-    def __str__(self):
-        return f"{self.arm}-lr{self.learning_rate:g}-seed{self.seed}"
+    def __str__(self):  # the name of its folder
+        return f"{self.arm}-lr{self.learning_rate}-seed{self.seed}".replace("/", "_")
+
+
+class Comparison(NamedTuple):
+    """arm - other in percent of the other's mean loss; nan without a verdict."""
+
+    arm: str
+    other: str
+    mean: float
+    low: float  # the ends of the 95 % interval
+    high: float
+    verdict: str  # lower, higher, not distinguishable, or why there is none
+
+
+def compare(arm, other, a, b):
+    """Compare two arms by their losses a and b (n,) in nats, nan where a run failed.
+
+    The interval is that of the paired t test. Without the seed of a failed run the rest would be
+    a selection, so then there is no verdict.
+    """
+    n = len(a)
+    percent = 100 * (a - b) / b.mean()
+    if np.isnan(percent).any() or n < 2:
+        return Comparison(arm, other, *[math.nan] * 3, "no verdict: a failed run or a single seed")
+    mean = percent.mean()
+    half = t.ppf(0.975, n - 1) * percent.std(ddof=1) / math.sqrt(n)
+    verdict = "not distinguishable"
+    if mean + half < 0:
+        verdict = "lower"
+    elif mean - half > 0:
+        verdict = "higher"
+    return Comparison(arm, other, mean, mean - half, mean + half, verdict)
 
 
 @dataclass
@@ -44,17 +76,15 @@ class Study:
     def failure(self, run):
         """Why a run does not count: "diverged", "never learned", or "" if it does.
 
-        A run never learned if it ends above the loss of trigram counts, or if its training loss,
-        smoothed over a tenth of the run, is above the loss of bigram counts for most of the run.
+        A run never learned if it ends above the loss of trigram counts, or if its training loss is
+        above the loss of bigram counts for most of the run.
         """
         if math.isinf(self.loss(run)):
             return "diverged"
         if not self.ngrams:
             return ""
-        losses = [training_loss for _, training_loss, _ in self.records[run]["curve"]]
-        width = max(1, len(losses) // 10)
-        smooth = np.convolve(losses, np.full(width, 1 / width), mode="valid")
-        slow = np.mean(smooth > self.ngrams[2]) > 0.5
+        middle = np.median([training_loss for _, training_loss, _ in self.records[run]["curve"]])
+        slow = middle > self.ngrams[2]
         return "never learned" if slow or self.loss(run) > self.ngrams[3] else ""
 
     def result(self, run):
@@ -68,8 +98,7 @@ class Study:
             tuning, rate = self.search(arm)
             runs += tuning
             runs += [Run(arm, rate, seed) for seed in self.seeds if rate]
-        order = [*self.tuning_seeds, *self.seeds]
-        return sorted(runs, key=lambda run: order.index(run.seed))  # so that the arms stay level
+        return runs
 
     def search(self, arm):
         """The tuning runs of an arm, and its best rate, which is None until they are done.
@@ -114,13 +143,13 @@ class Study:
         return np.array([math.nan if self.failure(run) else self.loss(run) for run in runs])
 
     def compare(self, pairs):
-        """A stats.Comparison for each pair of arms [arm, other] that is measured.
+        """A Comparison for each pair of arms [arm, other] whose runs are all done.
 
-        A pair has none before all its runs are done, so that nobody can stop at a result they like.
+        The others have none, so that nobody can stop at a result they like.
         """
         whole = {arm for arm in self.arms if len(self.measured(arm)) == len(self.seeds)}
-        done = [(arm, other) for arm, other in pairs if {arm, other} <= whole]
-        return [stats.compare(a, b, self.losses(a), self.losses(b)) for a, b in done]
+        done = [pair for pair in pairs if whole.issuperset(pair)]
+        return [compare(a, b, self.losses(a), self.losses(b)) for a, b in done]
 
     def to_go(self):
         """How many runs are left; at least so many while a rate is not known."""

@@ -1,25 +1,20 @@
 """report.md and its pictures arms.svg and rates.svg, computed from the records of a study."""
 
 import math
-import sys
 
+import matplotlib
 import numpy as np
-
-try:
-    import matplotlib
-    from matplotlib.figure import Figure
-    from scipy.stats import t  # noqa: F401, study/stats.py needs it
-except ImportError as e:
-    sys.exit(f"{e}; a study needs scipy and matplotlib: pip install scipy matplotlib")
+from matplotlib.figure import Figure
 
 from utils.checkpoint import RunFolder
 from utils.files import new_file
 
-COLOURS = ("#000000", "#56B4E9", "#D55E00", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#999999")
+# An SVG file has plain text, and the same figure gives the same bytes.
+matplotlib.rcParams.update({"svg.hashsalt": "nlqgpt", "svg.fonttype": "none"})
 NOTE = """\
-A difference is in percent of the second arm's loss, and negative if the first arm's is lower. In
-brackets is its 95 % interval, by the paired t test over the measuring seeds. The interval does not
-contain the error of choosing the rates, and is not corrected for the number of comparisons.
+Differences are in percent of the second arm's loss. In brackets are their 95 % intervals, by the
+paired t test over the measuring seeds, without the error of choosing the rates, and not corrected
+for the number of comparisons.
 
 Losses are in nats a token after the last step: mean ± standard deviation over the measuring seeds,
 without failed runs. A run failed if it diverged or never learned: it ended above the trigram
@@ -28,14 +23,16 @@ counts, or was above the bigram counts for most of its steps."""
 
 def write(study, command):
     """Write report.md, arms.svg and rates.svg into the study's folder."""
-    draw_arms(study)
-    draw_rates(study)
+    for name, figure in (("arms.svg", draw_arms(study)), ("rates.svg", draw_rates(study))):
+        with new_file(study.folder / name) as f:
+            figure.savefig(f, format="svg", metadata={"Date": None})
+    runs = f"{len(study.records)} runs of {study.config}, {study.to_go()} to go."
     parts = [
         f"# {study.folder.name}",
         f"```sh\n{command}\n```",
-        about(study),
+        f"{runs} Tuning seeds: {study.tuning_seeds}; measuring seeds: {study.seeds}.",
         comparison_table(study),
-        ngram_lines(study),
+        ngram_line(study),
         arm_table(study),
         NOTE,
         "![The difference of each arm from the first one, with a mark for each seed](arms.svg)",
@@ -45,68 +42,44 @@ def write(study, command):
     print(f"report: {study.folder / 'report.md'}")
 
 
-def about(study):
-    """How many runs there are, on which data, and where they ran."""
-    configs = [record["config"] for record in study.records.values()]
-    data = {config["data"]["source"] for config in configs}
-    machines = {f"{config['device']}, torch {config['versions']['torch']}" for config in configs}
-    lines = f"{len(configs)} runs of {study.config}, {study.to_go()} to go. "
-    lines += f"Tuning seeds: {study.tuning_seeds}; measuring seeds: {study.seeds}. "
-    return f"{lines}{'; '.join(sorted(data) + sorted(machines))}."
-
-
 def table(header, rows):
     rows = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def comparison_table(study):
+    """The comparisons whose runs are all done."""
     rows = []
     for row in study.compare(study.comparisons):
         difference = f"{row.mean:+.2f} % [{row.low:+.2f}, {row.high:+.2f}]"
         known = difference if math.isfinite(row.mean) else ""
         rows.append([f"{row.arm} against {row.other}", known, row.verdict])
-    if not rows:
-        return "A comparison follows when all its runs are done."
     return table(["comparison", "difference of the loss", "verdict"], rows)
 
 
-def learned(study, arm):
-    """The losses of the measuring runs of an arm that did not fail."""
-    losses = study.losses(arm)
-    return losses[np.isfinite(losses)]
-
-
 def arm_table(study):
-    header = ["arm", "rate", "validation loss (n)", "failed"]
-    header += ["non-embedding parameters", "in queries"]
+    """The losses of the arms that have been measured."""
     rows = []
-    for arm in study.arms:
-        measured = study.measured(arm)
-        if not measured:
-            continue
-        losses = learned(study, arm)
+    for arm in filter(study.measured, study.arms):
+        first = study.measured(arm)[0]
+        losses = study.losses(arm)
+        losses = losses[np.isfinite(losses)]
         spread = f" ± {losses.std(ddof=1):.4f}" if len(losses) > 1 else ""
         loss = f"{losses.mean():.4f}{spread} ({len(losses)})" if len(losses) else ""
         failed = [bool(study.failure(run)) for run in study.records if run.arm == arm]
-        sizes = study.records[measured[0]]["config"]["parameters"]
-        row = [arm, f"{measured[0].learning_rate:g}", loss, f"{sum(failed)} of {len(failed)}"]
+        sizes = study.records[first]["config"]["parameters"]
+        row = [arm, f"{first.learning_rate:g}", loss, f"{sum(failed)} of {len(failed)}"]
         rows.append([*row, f"{sizes['non_embedding']:,}", f"{sizes['query_path']:,}"])
-    return table(header, rows)
+    header = ["arm", "rate", "validation loss (n)", "failed"]
+    return table([*header, "non-embedding parameters", "in queries"], rows)
 
 
-def ngram_lines(study):
-    """What n-gram counts reach, and which arms are not better than the best of them."""
+def ngram_line(study):
+    """The losses that n-gram counts reach."""
     if not study.ngrams:
         return "No n-grams were counted, so runs that never learned were not looked for."
     counts = ", ".join(f"{n}-grams {loss:.4f}" for n, loss in study.ngrams.items() if n > 1)
-    lines = f"Counting the same tokens reaches: {counts} (interpolated after Witten and Bell)."
-    best = min(study.ngrams.values())
-    losses = {arm: learned(study, arm) for arm in study.arms}
-    above = [arm for arm in losses if len(losses[arm]) and losses[arm].mean() > best]
-    if above:
-        lines += f" **Too short to conclude:** {', '.join(above)} ended above the best counts."
-    return lines
+    return f"Counting the same tokens reaches: {counts} (interpolated after Witten and Bell)."
 
 
 def draw_arms(study):
@@ -117,14 +90,13 @@ def draw_arms(study):
     figure = Figure(figsize=(7.5, 1 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for y, row in enumerate(rows):
-        losses = study.losses(row.arm), study.losses(base)
-        percent = 100 * (losses[0] - losses[1]) / losses[1].mean()
-        axes.plot(percent, [y] * len(percent), "|", color=COLOURS[4])
-        axes.errorbar(row.mean, y, xerr=row.high - row.mean, fmt="s", ms=4, color=COLOURS[0])
+        losses = study.losses(base)
+        percent = 100 * (study.losses(row.arm) - losses) / losses.mean()
+        axes.plot(percent, [y] * len(percent), "|", color="#0072B2")
+        axes.errorbar(row.mean, y, xerr=row.high - row.mean, fmt="s", ms=4, color="black")
     axes.axvline(0, color="#555555", lw=0.8)
     axes.set_yticks(range(len(rows)), [row.arm for row in rows])
     axes.set_xlabel(f"validation loss, difference from {base} (%)")
-    save(figure, study.folder / "arms.svg")
     return figure
 
 
@@ -132,37 +104,22 @@ def draw_rates(study):
     """rates.svg: the loss of each run against its rate, crossed out if it failed -> its figure."""
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.subplots()
-    lowest = []  # of each arm
     for number, arm in enumerate(study.arms):
         runs = [run for run in study.records if run.arm == arm and math.isfinite(study.loss(run))]
         shift = 1.25 ** (number / len(study.arms) - 0.5)  # so that the arms stand side by side
         rates = [run.learning_rate * shift for run in runs]
         losses = [study.loss(run) for run in runs]
-        marker = "sD^v"[number // len(COLOURS) % 4]
-        colour = COLOURS[number % len(COLOURS)]
-        axes.plot(rates, losses, marker, color=colour, ms=4, alpha=0.7, label=arm)
+        axes.plot(rates, losses, "sD^v"[number % 4], ms=4, alpha=0.7, label=arm)
         crossed = [bool(study.failure(run)) for run in runs]
         axes.plot(np.compress(crossed, rates), np.compress(crossed, losses), "kx", ms=8)
-        lowest += [min(losses)] if losses else []
-    if lowest:  # runs far above them leave the picture
-        axes.set_ylim(0.99 * min(lowest), 1.12 * max(lowest))
     low, high = axes.get_ylim()
-    for n in [n for n, loss in study.ngrams.items() if low < loss < high]:
-        axes.axhline(study.ngrams[n], color="#555555", ls="--", lw=0.8)
-        at = {"xy": (0.01, study.ngrams[n]), "xycoords": ("axes fraction", "data")}
-        axes.annotate(f"{n}-gram counts", va="bottom", **at)
+    for n, loss in study.ngrams.items():
+        if low < loss < high:
+            dashes = (0, (2 * n, 2))
+            axes.axhline(loss, color="#555555", ls=dashes, lw=0.8, label=f"{n}-gram counts")
     rates = sorted({run.learning_rate for run in study.records})
     axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss (nats a token)")
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axes.minorticks_off()
     axes.legend(fontsize="small", ncols=2)
-    save(figure, study.folder / "rates.svg")
     return figure
-
-
-def save(figure, path):
-    """Write an SVG file with plain text; the same figure gives the same bytes."""
-    matplotlib.rcParams["svg.hashsalt"] = "nlqgpt"
-    matplotlib.rcParams["svg.fonttype"] = "none"
-    with new_file(path) as f:
-        figure.savefig(f, format="svg", metadata={"Date": None})

@@ -8,24 +8,23 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 
 from model import GPTConfig
 from study.ngrams import ngram_losses
-from study.plan import Run, Study
+from study.plan import PLAN, Run, Study
 from study.queries import register
 from train import Settings, fit_to_data
-from utils.checkpoint import RunFolder, check_resume
+from utils.checkpoint import MAY_CHANGE, RunFolder, check_resume
 from utils.data import Dataset, prepare_if_small
 from utils.device import resolve, stop_signals
 from utils.files import locked, new_file
 from utils.settings import UserError, read_command
 
-# The fields of a study that study.json holds.
-PLAN = ("config", "arms", "learning_rates", "tuning_seeds", "seeds", "comparisons")
-# The settings in which the runs of a study may differ.
-MAY_DIFFER = {"out_dir", "resume", "eval_only", "device", "compile", "log_interval"}
-MAY_DIFFER |= {"wandb_log", "wandb_project"}
+# The settings in which an earlier run of a study may differ.
+MAY_DIFFER = MAY_CHANGE - {"max_iters", "eval_interval", "dtype"}
+# The settings that decide which tokens a run is trained on, and what it predicts.
+TOKENS = ("dataset", "objective", "mask_share", "max_iters", "block_size", "batch_size")
+TOKENS += ("gradient_accumulation_steps",)
 
 
 def load(folder):
@@ -38,39 +37,30 @@ def load(folder):
 
 
 def read(study):
-    """Read ngrams.json, if it exists, and the study's own records in runs.jsonl."""
+    """Read the n-grams and the study's own records in its folder.
+
+    UserError if a measuring run is known and the plan has changed; arms and comparisons may be
+    added at the end.
+    """
     folder = RunFolder(study.folder)
     if folder.holds("ngrams.json"):
-        counts = folder.read_json("ngrams.json")
-        study.ngrams = {int(n): loss for n, loss in counts.items()}
-    path = study.folder / "runs.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            saved = json.loads(line)
-            run = Run(saved["arm"], saved["learning_rate"], saved["seed"])
-            record = {key: saved[key] for key in ("config", "curve", "summary")}
-        except (ValueError, KeyError, TypeError) as e:
-            problem = f"line {number} of {path} is damaged ({e!r})"
-            raise UserError(f"{problem}; repair or delete it") from None
-        if run.arm in study.arms and run.seed in study.tuning_seeds + study.seeds:
-            study.records[run] = record
-
-
-def check_plan(study):
-    """Refuse a changed plan once a measuring run is known; arms and comparisons may be added."""
-    if not RunFolder(study.folder).holds("study.json"):
-        return
-    before = load(study.folder)
-    if not any(run.seed in before.seeds for run in before.records):
+        study.ngrams = {int(n): loss for n, loss in folder.read_json("ngrams.json").items()}
+    if not folder.holds("runs.jsonl"):
         return
     now = {key: getattr(study, key) for key in PLAN}
-    now["arms"] = dict(list(study.arms.items())[: len(before.arms)])
-    now["comparisons"] = study.comparisons[: len(before.comparisons)]
+    before = folder.read_json("study.json", *PLAN) if folder.holds("study.json") else dict(now)
+    is_measured = False
+    for line in (study.folder / "runs.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        run = Run(record.pop("arm"), record.pop("learning_rate"), record.pop("seed"))
+        is_measured |= run.arm in before["arms"] and run.seed in before["seeds"]
+        if run.arm in study.arms and run.seed in study.tuning_seeds + study.seeds:
+            study.records[run] = record
+    now["arms"] = dict(list(study.arms.items())[: len(before["arms"])])
+    now["comparisons"] = study.comparisons[: len(before["comparisons"])]
     for key in PLAN:
-        was = getattr(before, key)
-        if was != now[key]:
-            change = f"{study.folder}: {key} was {was}, now is {now[key]}"
+        if is_measured and now[key] != before[key]:
+            change = f"{study.folder}: {key} was {before[key]}, now is {now[key]}"
             rule = "a plan stands once measuring runs are known, only arms and comparisons can be"
             raise UserError(f"{change}; {rule} added at the end; choose another --out")
 
@@ -94,33 +84,17 @@ def settings_of(study, run, device):
     return settings, config, data
 
 
-def check(study):
+def check(study, runs):
     """Refuse settings that cannot run, and earlier runs that have other settings or other data."""
-    seeds = study.tuning_seeds + study.seeds
-    runs = [Run(*run) for run in itertools.product(study.arms, study.learning_rates, seeds)]
-    names = {str(run) for run in runs}
-    if len(names) < len(runs) or any(Path(name).name != name for name in names):
-        problem = "two runs would have one name, or a name would be a path"
-        raise UserError(f"{problem}; choose other values", status=2)
-    for run in dict.fromkeys([*runs, *study.runs(), *study.records]):
-        for device in study.devices:
-            check_run(study, run, device)
-
-
-def check_run(study, run, device):
-    settings, config, data = settings_of(study, run, device)
-    folder = RunFolder(study.folder / str(run))
-    if run in study.records:
-        before = study.records[run]["config"]
-    elif folder.holds("config.json"):
-        before = folder.read_json("config.json")
-    else:
-        return
-    now = {"settings": asdict(settings), "model": asdict(config), "data": {"sha256": data.sha256}}
-    try:
-        check_resume(before, now, MAY_DIFFER)
-    except UserError as e:
-        raise UserError(f"{folder.path}: {e}; choose another --out") from None
+    for run, device in itertools.product(runs, study.devices):
+        settings, config, data = settings_of(study, run, device)
+        now = {"settings": asdict(settings), "model": asdict(config)}
+        now["data"] = {"sha256": data.sha256}
+        folder = RunFolder(study.folder / str(run))
+        if run in study.records:
+            check_resume(study.records[run]["config"], now, MAY_DIFFER)
+        elif folder.holds("config.json"):
+            check_resume(folder.read_json("config.json"), now, MAY_DIFFER)
 
 
 def count_ngrams(study):
@@ -128,16 +102,12 @@ def count_ngrams(study):
 
     It is empty if the arms see different tokens, and stands once a measuring run is known.
     """
-    seen = set()
-    for arm in study.arms:
-        run = Run(arm, study.learning_rates[0], study.seeds[0])
-        settings, config, data = settings_of(study, run, study.devices[0])
-        steps = settings.max_iters, settings.batch_size * settings.gradient_accumulation_steps
-        objective = settings.objective, settings.mask_share
-        seen.add((settings.dataset, *steps, config.block_size, *objective))
-    if len(seen) > 1:
+    first, *others = ([arm.get(key) for key in TOKENS] for arm in study.arms.values())
+    if any(other != first for other in others):
         study.ngrams = {}
     elif not (study.ngrams and any(run.seed in study.seeds for run in study.records)):
+        run = Run(next(iter(study.arms)), study.learning_rates[0], study.seeds[0])
+        settings, _, data = settings_of(study, run, study.devices[0])
         study.ngrams = ngram_losses(data, settings)
     RunFolder(study.folder).write_json("ngrams.json", study.ngrams)
 
@@ -192,17 +162,14 @@ def start(study, run, device):
     resume = (folder / "config.json").exists()
     own = [f"--out_dir={folder}", f"--device={device or 'auto'}", f"--resume={resume}"]
     command = [sys.executable, "-m", "study.queries", study.config, *flags(study, run), *own]
-    root = str(Path(__file__).parent.parent)
-    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONPATH": path}
-    if device == "cpu" and len(study.devices) > 1:  # runs side by side share the processors
+    env = dict(os.environ)
+    if study.devices.count("cpu") > 1:  # runs side by side share the processors
         threads = max(1, os.cpu_count() // study.devices.count("cpu"))
-        environment.setdefault("OMP_NUM_THREADS", str(threads))
+        env.setdefault("OMP_NUM_THREADS", str(threads))
     folder.mkdir(parents=True, exist_ok=True)
     # A session of its own keeps Ctrl-C, which is meant for this program, from the run.
-    options = {"env": environment, "start_new_session": True}
     with open(folder / "log.txt", "wb") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, **options)
+        return subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
 
 
 def end(study, run, status):
@@ -215,10 +182,8 @@ def end(study, run, status):
         summary = {"final_val_loss": last["val_loss"], "steps": last["step"]}
         summary["seconds"] = last["seconds"]
     elif not (metrics and metrics[-1].get("diverged")):
-        log = folder.path / "log.txt"
-        last = log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1]
-        raise UserError(f"{run}: exit status {status}; {last} (its whole output is in {log})")
-    check_run(study, run, study.devices[0])  # its config file may have changed meanwhile
+        raise UserError(f"{run}: exit status {status}; its output is in {folder.path / 'log.txt'}")
+    check(study, [run])  # its config file may have changed meanwhile
     steps = [line for line in metrics if "train_loss" in line]
     curve = [[line["step"], line["train_loss"], line["grad_norm"]] for line in steps]
     record = {"config": folder.read_json("config.json"), "curve": curve, "summary": summary}

@@ -96,16 +96,17 @@ def test_a_grid_is_complete_and_so_is_its_report(grid):
             assert all(2 < loss < 4 and norm > 0 for _, loss, norm in line["curve"])
     text = Path("r/report.md").read_text()
     assert f"python -m study.ablate {' '.join(GRID)}\n" in text
-    assert "8 runs of tiny.py, 0 to go." in text and " tiny.txt; " in text
+    assert "8 runs of tiny.py, 0 to go." in text
     for arm in (LINEAR, NONLINEAR):
         x = np.array([losses()[f"{arm}-lr0.01-seed{seed}"] for seed in (1, 2)])
         row = f"\n| {arm} | 0.01 | {x.mean():.4f} ± {x.std(ddof=1):.4f} (2) | 0 of 2 |"
         assert row in text
     assert text.count(" |  | 2 of 2 | ") == 2
-    assert text.count(" |  | no verdict: a run of query_mode=") == 2
+    assert text.count(" |  | no verdict: a failed run") == 2
 
 
-def test_a_study_of_encoders_and_one_whose_arms_see_different_tokens():
+def test_a_study_of_encoders_and_one_whose_arms_see_different_tokens(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     write_tiny()
     more = ["--tune=", "--seed=1"]
     masked = ["--arm=identity", "--objective=masked", "--mask_share=0.9"]
@@ -130,8 +131,7 @@ def test_the_same_command_runs_nothing_again_and_a_dry_run_writes_nothing(grid, 
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.endswith(" to run") for line in lines) == 4
     assert sum(line.endswith(" inf diverged") for line in lines) == 4 and len(lines) == 13
-    clock = r"\d:\d\d:\d\d"
-    assert re.fullmatch(rf"at least 4 to go, 2 at a time, {clock} each: {clock}", lines[12])
+    assert lines[12] == "at least 4 to go"
 
 
 def test_a_plan_is_read_from_a_file_and_stands_once_it_is_measured(grid):
@@ -150,19 +150,13 @@ def test_arms_and_comparisons_can_be_added_at_the_end(grid):
     study.arms["new"] = {"query_mode": "identity"}
     study.comparisons.append(["new", LINEAR])
     assert {run.arm for run in study.runs() if run not in study.records} == {"new"}
-    runs.check_plan(study)
+    runs.read(study)
     report.write(study, "command")
     assert f"| {NONLINEAR} against {LINEAR} | " in Path("r/report.md").read_text()
     assert f"| new against {LINEAR} | " not in Path("r/report.md").read_text()
-    for seed in (1, 2):
-        study.records[Run("new", 0.01, seed)] = study.records[Run(NONLINEAR, 0.01, seed)]
-    report.write(study, "command")
-    rows = [row.split(" | ") for row in Path("r/report.md").read_text().splitlines()]
-    old, new = (row[1:] for row in rows if row[0].endswith(f" against {LINEAR}") and "%" in row[1])
-    assert old == new
     study.arms = {"new": study.arms.pop("new"), **study.arms}  # not at the end
     with pytest.raises(UserError, match="arms was"):
-        runs.check_plan(study)
+        runs.read(study)
 
 
 def test_the_arms_by_name_follow_the_width():
@@ -176,18 +170,11 @@ def test_the_arms_by_name_follow_the_width():
     assert config.mlp_hidden == 4.5 * 36 and config.query_mode == "identity"
 
 
-def test_a_study_says_which_packages_it_needs():
-    done = run("-c", "import sys; sys.modules['scipy'] = None; import study.ablate")
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1 and "pip install scipy matplotlib" in done.stderr
-
-
 CHANGES = ["max_iters was 12, now is 13", "mlp_hidden was 64, now is 99", "data set was"]
 
 
-@pytest.mark.parametrize("change", [*CHANGES, "eval_tokens was 200, now is 300"])
-@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
-def test_runs_of_other_settings_or_data_are_refused(change, dry, grid):
+@pytest.mark.parametrize("change", CHANGES)
+def test_runs_of_other_settings_or_data_are_refused(change, grid):
     before, (key, *_, value) = files("r"), change.split()
     if key == "data":
         shutil.rmtree("data")
@@ -195,7 +182,7 @@ def test_runs_of_other_settings_or_data_are_refused(change, dry, grid):
     else:
         Path("tiny.py").write_text(f"{TINY}{key} = {value}\n")
     with pytest.raises(UserError, match=change):
-        ablate.main([*GRID, *dry])
+        ablate.main(GRID)
     assert files("r") == before
 
 
@@ -209,17 +196,9 @@ def train_run(arm, seed, *flags, folder="r"):
 
 
 def test_an_unfinished_run_with_other_settings_is_refused(grid):
-    name = re.escape(str(train_run(LINEAR, 1, "--max_iters=8", folder="new")))
-    with pytest.raises(UserError, match=f"{name}: .*max_iters was 8, now is 12; choose another"):
+    train_run(LINEAR, 1, "--max_iters=8", folder="new")
+    with pytest.raises(UserError, match="max_iters was 8, now is 12"):
         ablate.main([*GRID[:-1], "--out=new"])
-
-
-@pytest.mark.parametrize("text", ["[]", '{"arm": "linear"', '{"arm": "a", "learning_rate": 1}'])
-def test_a_damaged_line_is_named(text, grid):
-    with open("r/runs.jsonl", "a") as f:
-        f.write(text + "\n")
-    with pytest.raises(UserError, match="line 9 of r/runs.jsonl is damaged"):
-        ablate.main(GRID)
 
 
 def leave_only(*names):
@@ -261,10 +240,9 @@ def test_a_run_that_fails_stops_the_grid_and_its_last_line_is_shown(grid):
     done = run("-m", "study.ablate", *GRID)
     (line,) = done.stderr.splitlines()
     name = rf"({re.escape(LINEAR)}-lr0.01-seed[12])"
-    pattern = rf"ablate.py: {name}: exit status 1; .*r/\1/ckpt.pt is damaged.* r/\1/log.txt\)"
-    assert re.match(pattern, line) and done.returncode == 1
-    log = Path(f"r/{LINEAR}-lr0.01-seed1/log.txt").read_text()
-    assert "is damaged" in log
+    assert re.match(rf"ablate.py: {name}: exit status 1; its output is in r/\1/log.txt", line)
+    assert done.returncode == 1
+    assert "is damaged" in Path(f"r/{LINEAR}-lr0.01-seed1/log.txt").read_text()
 
 
 @pytest.mark.slow
@@ -292,46 +270,31 @@ def test_a_grid_that_is_killed_continues_where_it_was(number):
     assert loss == pytest.approx(whole[-1]["val_loss"], rel=1e-6)
 
 
-@pytest.fixture
-def simulated(monkeypatch):
-    """loss -> a maker of empty studies, whose runs end with that loss, and the started runs."""
-
-    def simulate(loss, devices, rates, patience=lambda: 0):
-        started = []
-
-        def begin(study, run, device):
-            started.append(run)
-            folder, waits = RunFolder(study.folder / str(run)), iter([None] * patience())
-            folder.path.mkdir(parents=True)
-            folder.write_json("config.json", {})
-            folder.log(12, val_loss=loss(run), seconds=1)
-            return SimpleNamespace(poll=lambda: next(waits, 0), returncode=0)
-
-        def empty():
-            rest = {"comparisons": [["b", "a"]], "folder": Path("r"), "devices": ["cpu"] * devices}
-            return Study("c.py", {"a": {}, "b": {}}, rates, [1, 2], [3, 4], **rest)
-
-        monkeypatch.setattr(time, "sleep", lambda _: None)
-        monkeypatch.setattr(runs, "start", begin)
-        monkeypatch.setattr(runs, "check_run", lambda *_: None)
-        return empty, started
-
-    return simulate
-
-
-@pytest.mark.parametrize("devices", [1, 3])
 @pytest.mark.parametrize("seed", range(5))
-def test_a_study_does_not_depend_on_which_run_ended_first(devices, seed, simulated):
+def test_a_study_does_not_depend_on_which_run_ended_first(seed, monkeypatch):
     """A whole study with a search for rates; no run is made twice, but one whose record is lost."""
     rng = np.random.default_rng(seed)
-    best, noise = {"a": 1e-3, "b": 3e-2}, {}
+    best, noise, started = {"a": 1e-3, "b": 3e-2}, {}, []
 
-    def loss(run):
+    def start_simulated(study, run, device):
+        started.append(run)
         off = math.log2(run.learning_rate / best[run.arm])
-        return 3 + 0.02 * off**2 + noise.setdefault(run, rng.normal(0, 0.03))
+        loss = 3 + 0.02 * off**2 + noise.setdefault(run, rng.normal(0, 0.03))
+        folder = RunFolder(study.folder / str(run))
+        folder.path.mkdir(parents=True)
+        folder.write_json("config.json", {})
+        folder.log(12, val_loss=loss, seconds=1)
+        waits = iter([None] * rng.integers(0, 5))
+        return SimpleNamespace(poll=lambda: next(waits, 0), returncode=0)
 
-    empty, started = simulated(loss, devices, [4e-3, 8e-3], lambda: rng.integers(0, 5))
-    study, again, one_by_one = empty(), empty(), empty()
+    def empty(folder, devices):
+        arms, rates, pairs = {"a": {}, "b": {}}, [4e-3, 8e-3], [["b", "a"]]
+        return Study("c.py", arms, rates, [1, 2], [3, 4], pairs, Path(folder), devices)
+
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setattr(runs, "start", start_simulated)
+    monkeypatch.setattr(runs, "check", lambda *_: None)
+    study, again, one_by_one = empty("r", [None] * 3), empty("r", [None]), empty("other", [None])
     assert runs.go(study) == 0 and study.to_go() == 0
     assert set(study.records) == set(study.runs()) == set(started)
     assert len(started) == len(set(started))
@@ -343,7 +306,6 @@ def test_a_study_does_not_depend_on_which_run_ended_first(devices, seed, simulat
     started.clear()
     runs.read(again)
     assert runs.go(again) == 0 and started == [lost] and again.records == study.records
-    one_by_one.folder, one_by_one.devices = Path("other"), ["cpu"]
     assert runs.go(one_by_one) == 0 and one_by_one.records == study.records
 
 

@@ -88,7 +88,6 @@ def scene(tmp_path_factory):
         Path("empty.txt").touch()
         Path("latin.txt").write_bytes(b"caf\xe9 " * 100)
         Path("one.txt").write_text("x")
-        Path("quote.txt").write_text("tiny.py --arm='linear")
         Path("folder").mkdir()
         torch.save({"weights": torch.ones(3)}, "foreign.pt")
         Path("executes.pt").write_bytes(pickle.dumps(Malicious()))
@@ -165,25 +164,19 @@ NOT_IMPORTED = {
 NO_CHECKPOINTS = ["nowhere.pt", "tiny.txt", "executes.pt", "out/good/ckpt.pt"]  # none to import
 NOT_STUDIED = {
     "": "config",
-    "@quote.txt": "@quote.txt: No closing quotation",
     "@nowhere.txt": "nowhere.txt",
     "nowhere.py": "there is no config file nowhere.py",
     "tiny.py --arm=linear,quadratic": "--arm=quadratic is not one of linear",
     "tiny.py --lerning_rate=1,2": "lerning_rate",
-    "tiny.py --learning_rate=1e-2,fast": "'fast'",
-    "tiny.py --learning_rate=1e-2,0.01": "two runs would have one name",
+    "tiny.py --learning_rate=1e-2,fast": "--learning_rate: invalid values value: '1e-2,fast'",
     "tiny.py --learning_rate=1e-2,-1": "learning_rate=-1.0 must be 0 or above",
     "tiny.py --seed=3,4 extra": "extra",
     "tiny.py --tune= --learning_rate=1e-2,2e-2": "several rates need --tune=SEEDS",
     "tiny.py --arm=linear,identity --compare=identity": "--compare=identity is not two of the arms",
-    "tiny.py --arm=linear,linear": "the arm linear is named twice",
     "tiny.py --query_mode=linear,quadratic": "query_mode='quadratic' is not one of",
     "tiny.py --arm=linear --query_rank=4": "query_rank has no meaning",
     "tiny.py --seed=1,2 --tune=2,3": "share a seed",
     "tiny.py --arm=linear,linear_wide --mlp_hidden=9": "--mlp_hidden is what the arm linear_wide",
-    "tiny.py --learning_rate=1e-2,1.0000001e-2": "two runs would have one name",
-    "tiny.py --dataset=tiny,../data/tiny": "a name would be a path",
-    "tiny.py --devices=cpu,": "an empty device",
     "tiny.py --out_dir=x": "--out_dir is not for a grid",
 }
 MISTAKES = [
