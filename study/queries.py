@@ -208,11 +208,7 @@ def matched_value(config):
 
 def with_attention(query, attention_class):
     """The class of a query that comes with its own attention."""
-
-    class QueryWithAttention(query):
-        attention = attention_class
-
-    return QueryWithAttention
+    return type("QueryWithAttention", (query,), {"attention": attention_class})
 
 
 def with_key_value(query, make):
