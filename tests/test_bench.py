@@ -2,7 +2,6 @@
 What a plan counts is compared with formulas and with real steps of small models.
 """
 
-import importlib.util
 import itertools
 import json
 import math
@@ -22,19 +21,18 @@ from conftest import ROOT
 import train
 from model import GPT, QUERIES, GPTConfig
 from tools import bench, plan, runbook
-from utils.device import autocast, resolve
+from utils.device import resolve
 from utils.settings import UserError
 
-PEER = ["--peer"] if importlib.util.find_spec("transformers") else []
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 
 
 @pytest.mark.parametrize("command", ["train --batch_size=3", "sample --new_tokens=5"])
 def test_every_model_is_measured(command, capsys):
-    bench.main([*command.split(), "--shape=tiny", "--device=cpu", "--repeats=2", *PEER])
+    bench.main([*command.split(), "--shape=tiny", "--device=cpu", "--repeats=2"])
     output = capsys.readouterr().out
     speeds = dict(re.findall(r"^(\w+) +\d.* tokens/s, (.*) of linear$", output, re.M))
-    assert speeds.keys() == {*QUERIES, *([bench.PEER] if PEER else [])}
+    assert speeds.keys() == {*QUERIES}
     assert speeds["linear"] == "1.000" and all(float(ratio) > 0 for ratio in speeds.values())
     assert ("steps of 96 tokens" if "train" in command else "5 new tokens a text") in output
 
@@ -90,27 +88,28 @@ def test_the_runbook_is_rehearsed():
     assert losses == pytest.approx([losses[0]] * 5, abs=1.5e-4)
     losses = [float(loss) for loss in re.findall(r"loss (\d\.\d+), first step", text)]
     assert losses == pytest.approx([math.log(65)] * 5, rel=0.01)  # of models that know nothing
-    assert text.count(" tokens/s, ") == 8 and "% idle\n" in text
+    assert text.count(" tokens/s, ") == 8
 
 
-def test_a_plan_says_what_a_recipe_takes(monkeypatch, capsys):
-    monkeypatch.setattr(plan, "count_memory", lambda *given: {"weights": 2.5e9, "logits": 0.26e9})
-    recipe = ["plan", f"{ROOT}/config/gpt3_small.py", "--batch_size=6"]
-    bench.main([*recipe, "--gpus=8", "--tflops", "1000", "--share=0.5"])
-    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    tokens, d, n_layer = 60_002 * 6 * 40 * 1024, 768, 12
+def test_a_plan_says_what_a_recipe_takes(capsys):
+    recipe = [f"{ROOT}/config/gpt3_small.py", "--n_layer=2", "--batch_size=6"]
+    plan.main([*recipe, "--gpus=8", "--tflops", "500"])
+    output = capsys.readouterr().out
+    values = dict(re.findall(r"^(\w+) +([\d.,e+]+)", output, re.M))
+    tokens, d = 60_002 * 6 * 40 * 1024, 768
+    parameters = (50304 + 1024) * d + 2 * (12 * d * d + 2 * d) + d
+    assert values["parameters"] == f"{parameters:,}" and "60,002 steps of 240 seq" in output
     # Six FLOPs for each weight of a matrix product, and the two products of attention.
-    flops = 6 * (50304 * d + n_layer * 12 * d * d) + n_layer * 12 * d * 1024
-    assert "124,373,760" in lines["parameters"] and "60,002 steps of 240 seq" in lines["tokens"]
-    assert float(lines["FLOPs"].split()[1][:-1]) == pytest.approx(tokens * flops, rel=5e-3)
-    hours = tokens * flops / (8 * 1000e12 * 0.5) / 3600
-    assert f" {hours:.1f} hours at 50% of 8 x 1000 " in lines["time"]
-    assert "2.8 GB a GPU" in lines["memory"] and lines["2.50"].split()[1:] == ["GB", "weights"]
-    mistakes = {"gpus=7": "shared by 7", "gpus=0": "gpus", "share=40": "share", "share=0": "share"}
-    mistakes |= {"steps=3": "steps", "dropout=0.1": "dropout=0.1", "vocab_size=auto": "vocab_size"}
-    for wrong, message in mistakes.items():
-        with pytest.raises(UserError, match=message):
-            bench.main([*recipe, f"--{wrong}"])
+    flops = 6 * (50304 * d + 2 * 12 * d * d) + 2 * 12 * d * 1024
+    assert float(values["FLOPs"]) == pytest.approx(tokens * flops, rel=5e-3)
+    assert values["time"] == f"{tokens * flops / (8 * 500e12) / 3600:.1f}"
+    *parts, together = [float(size) for size in re.findall(r"([\d.]+) GB ", output)]
+    # Several GPUs hold their gradients twice.
+    assert parts[:3] == [round(n * parameters / 1e9, 2) for n in (4, 8, 8)]
+    assert together == pytest.approx(sum(parts), abs=0.03)
+    for wrong in ("gpus=0", "tflops=0", "steps=3", "dropout=0.1", "vocab_size=auto"):
+        with pytest.raises(UserError, match=wrong.partition("=")[0]):
+            plan.main([*recipe, f"--{wrong}"])
 
 
 SMALL = {"n_layer": 3, "n_head": 2, "n_embd": 64, "block_size": 128}
@@ -118,37 +117,14 @@ NONLINEAR = ("nonlinear", "bfloat16", {**SMALL, "vocab_size": 300})
 LINEAR = ("linear", "float32", {**SMALL, "vocab_size": 3000})
 
 
-def allocated(work):
-    """Bytes allocated while work() runs: (at the peak, when it has returned)."""
+def peak_of_two_steps(mode, settings, shape):
+    """The largest number of bytes allocated, from the model's first weight on."""
     with torch.profiler.profile(profile_memory=True) as profiler:
-        result = work()
+        bench.make_training(mode, shape, resolve(settings))(2)
     profiler.export_chrome_trace("trace.json")
-    del result  # until here it holds what it returned
     events = json.loads(Path("trace.json").read_text())["traceEvents"]
     events = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
-    totals = [*itertools.accumulate(e["args"]["Bytes"] for e in events)]
-    return max(totals), totals[-1]
-
-
-def test_what_a_plan_counts_as_saved_is_saved():
-    """Compiled by torch.compile as far as the cut of the graph, but not to C++."""
-    mode, dtype, shape = NONLINEAR
-    settings = train.Settings(device="cpu", dtype=dtype, batch_size=4)
-    config = GPTConfig(query_mode=mode, **shape)
-    loss_fn = GPT(config)
-    loss_fn.compile(backend="aot_eager_decomp_partition")
-    idx = torch.zeros(4, shape["block_size"], dtype=torch.long)
-    with autocast(settings):
-        loss_fn(idx, idx)  # compiles
-        _, saved = allocated(lambda: loss_fn(idx, idx))
-    weights, gradients, _, *rest = plan.count_memory(settings, config, 2, 1000).values()
-    assert (weights, gradients) == (4000, 8000)  # two GPUs hold their gradients twice
-    head_gradient = 2 * 300 * 64
-    assert sum(rest) - head_gradient == pytest.approx(saved, rel=0.01)
-
-
-def memory_of_two_steps(mode, settings, shape):
-    return allocated(lambda: bench.make_training(mode, shape, resolve(settings))(2))[0]
+    return max(itertools.accumulate(e["args"]["Bytes"] for e in events))
 
 
 @pytest.mark.slow
@@ -161,7 +137,7 @@ def test_a_plan_has_the_memory_of_a_real_step(mode, dtype, shape, monkeypatch):
     recipe = {"dtype": dtype, "batch_size": 8, "gradient_accumulation_steps": 2}
     settings = train.Settings(device="cpu", compile=True, **recipe)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
-        peak = executor.submit(memory_of_two_steps, mode, settings, shape).result()
+        peak = executor.submit(peak_of_two_steps, mode, settings, shape).result()
     config = GPTConfig(query_mode=mode, **shape)
     parameters = sum(p.numel() for p in GPT(config).parameters())
     counted = plan.count_memory(settings, config, 1, parameters)

@@ -39,7 +39,6 @@ def foreign(mode, bias=False, vocab_size=20):
     args = {"n_layer": LAYERS, "n_embd": D, "block_size": BLOCK, "bias": bias}
     if mode == "nanogpt":
         args |= {"n_head": HEADS, "dropout": 0.0}
-        model["transformer.h.0.attn.bias"] = torch.ones(1, 1, BLOCK, BLOCK)  # a mask
         model = {f"_orig_mod.{name}": tensor for name, tensor in model.items()}
     else:
         args |= {"num_heads": HEADS, "query_mode": mode, "mlp_hidden_size": HIDDEN}

@@ -155,8 +155,7 @@ NOT_PREPARED = {
     "--name=x --input one.txt ./one.txt --tokenizer=byte": "twice",
 }
 NOT_IMPORTED = {
-    "": "required: checkpoint, run, --dataset",
-    "foreign.pt out/x": "required: --dataset",
+    "": "required: checkpoint, run",
     "foreign.pt out/x --dataset=tiny --n_layer=3": "--n_layer",
     "foreign.pt out/x --dataset=tiny --lr=3": "--lr=3",
     "foreign.pt out/x --dataset=tiny --batch_size=0": "batch_size=0",

@@ -1,16 +1,14 @@
-"""Measure this machine: python -m tools.bench train | sample | plan
+"""Measure this machine: python -m tools.bench train | sample
 
     train   training speed of the three query modes
     sample  speed of greedy generation in the three query modes
-    plan    time and memory of a recipe, counted and not measured (plan --help)
 
-After a warm-up the models take turns. Printed are medians and extremes. --peer
-adds Hugging Face's GPT2LMHeadModel of the same shape (pip install transformers).
+After a warm-up the models take turns. The tables show medians and extremes.
 """
 
-import sys
 import time
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from types import SimpleNamespace
 
@@ -20,7 +18,6 @@ import torch
 import train
 from model import GPT, QUERIES, GPTConfig
 from sample import load_model
-from tools import plan
 from utils.checkpoint import RunFolder
 from utils.data import Dataset
 from utils.device import device_name, processes, resolve
@@ -28,7 +25,6 @@ from utils.generation import for_generation, formats, generate
 from utils.options import checked, short
 from utils.settings import Parser, check_ranges, run_program
 
-PEER = "GPT2LMHeadModel"
 SHAPES = {
     "tiny": dict(n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=65),
     "small": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65),
@@ -36,32 +32,16 @@ SHAPES = {
 }
 
 
-class Peer(torch.nn.Module):
-    """Hugging Face's GPT-2 behind the interface of GPT."""
-
-    def __init__(self, block_size, **shape):
-        super().__init__()
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-        shape |= dict(n_positions=block_size, bos_token_id=None, eos_token_id=None)
-        self.gpt2 = GPT2LMHeadModel(GPT2Config(**shape, **no_dropout))
-
-    def forward(self, idx, targets):
-        # GPT-2 shifts the labels itself.
-        return self.gpt2(input_ids=idx, labels=idx, use_cache=False).loss
+def make_model(query, shape):
+    return GPT(GPTConfig(query_mode=query, **shape))
 
 
-def make_model(name, shape):
-    return Peer(**shape) if name == PEER else GPT(GPTConfig(query_mode=name, **shape))
-
-
-def make_training(name, shape, settings):
+def make_training(query, shape, settings):
     """A function that trains a new model for n steps -> the last loss and gradient norm."""
-    # Random tokens, with what train_step uses of a Dataset.
+    # Random tokens take the place of a Dataset, with the attributes that train_step uses.
     tokens = np.random.default_rng(0).integers(0, shape["vocab_size"], 2**20, np.uint16)
     data = SimpleNamespace(**shape, tokens=lambda split: tokens, n_tokens=lambda split: len(tokens))
-    model = make_model(name, shape).to(settings.device)
+    model = make_model(query, shape).to(settings.device)
     optimizer = train.make_optimizer(model, settings)
     scaler = torch.amp.GradScaler("cuda", enabled=settings.dtype == "float16")
     if settings.compile:
@@ -88,7 +68,7 @@ def print_speeds(functions, tokens, repeats):
     for turn in range(repeats + 1):
         for name, function in functions.items():
             seconds, _ = timed(function)
-            if turn > 0:  # the first one is the warm-up
+            if turn > 0:  # the first turn is the warm-up
                 speeds[name].append(tokens / seconds)
     first = next(iter(speeds))
     for name, values in speeds.items():
@@ -98,31 +78,25 @@ def print_speeds(functions, tokens, repeats):
     return {name: median(values) for name, values in speeds.items()}
 
 
-def bench_train(names, shape, settings, options):
+def bench_train(shape, settings, options):
     tokens = settings.batch_size * shape["block_size"]
     print(f"steps of {tokens:,} tokens, {settings.dtype}, compile={settings.compile}", flush=True)
-    trainings = {name: make_training(name, shape, settings) for name in names}
+    trainings = {query: make_training(query, shape, settings) for query in QUERIES}
     trainings["linear"](1)
     seconds, _ = timed(trainings["linear"], 1)
     steps = max(1, round(1 / seconds))  # a turn takes about a second
-    functions = {name: lambda train_n=trainings[name]: train_n(steps) for name in names}
+    functions = {query: partial(take, steps) for query, take in trainings.items()}
     print_speeds(functions, steps * tokens, options.repeats)
 
 
-def bench_sample(names, shape, settings, options):
+def bench_sample(shape, settings, options):
     n = min(options.new_tokens, shape["block_size"] - 1)
     print(f"{n} new tokens a text", flush=True)
     prompt = torch.zeros(settings.batch_size, 1, dtype=torch.long, device=settings.device)
-    greedy = dict(do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(prompt))
     functions = {}
-    for name in names:
-        model = make_model(name, shape).to(settings.device)
-        if name == PEER:  # as its users have it
-            peer = model.eval().gpt2
-            functions[name] = lambda: peer.generate(prompt, max_new_tokens=n, **greedy).cpu()
-        else:
-            model = for_generation(model, options.dtype)
-            functions[name] = lambda model=model: generate(model, prompt, n, temperature=0).cpu()
+    for query in QUERIES:
+        model = for_generation(make_model(query, shape).to(settings.device), options.dtype)
+        functions[query] = lambda model=model: generate(model, prompt, n, temperature=0).cpu()
     print_speeds(functions, settings.batch_size * n, options.repeats)
 
 
@@ -143,13 +117,10 @@ def print_format_losses(run, settings):
 
 
 def read_options(argv):
-    if argv[:1] == ["plan"]:
-        return plan.read_options(argv[1:])
     count = checked(int, lambda n: n >= 1, "is not 1 or above")
     parser = Parser(description=__doc__)
-    parser.add_argument("command", choices=["train", "sample", "plan"])
+    parser.add_argument("command", choices=["train", "sample"])
     parser.add_argument("--shape", choices=SHAPES, default="small", help="default small")
-    parser.add_argument("--peer", action="store_true", help="add transformers' GPT-2")
     parser.add_argument("--device", help="cpu, cuda, cuda:N or mps; default the first there is")
     parser.add_argument("--dtype", help="default as in train.py and sample.py")
     parser.add_argument("--compile", choices=["true", "false"], help="train: default on CUDA")
@@ -161,9 +132,7 @@ def read_options(argv):
 
 
 def main(argv=None):
-    options = read_options(sys.argv[1:] if argv is None else argv)
-    if options.command == "plan":
-        return plan.print_plan(options)
+    options = read_options(argv)
     training = options.command == "train"
     settings = train.Settings(
         device=options.device,
@@ -174,14 +143,12 @@ def main(argv=None):
     )
     check_ranges(settings)
     settings = resolve(settings)
-    subject = options.run or options.shape
-    print(f"{subject} on {device_name(settings.device)}, torch {torch.__version__}", flush=True)
+    print(f"{device_name(settings.device)}, torch {torch.__version__}", flush=True)
     if options.run:
         return print_format_losses(options.run, settings)
-    names = [*QUERIES, PEER] if options.peer else [*QUERIES]
     bench = bench_train if training else bench_sample
     with processes(settings):
-        bench(names, SHAPES[options.shape], settings, options)
+        bench(SHAPES[options.shape], settings, options)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Turn a checkpoint of nanoGPT, or of the paper's code, into a run of this project.
 
---dataset names the data of the model. The other flags are settings of train.py for training on.
+The flags are settings of train.py for further training. --dataset names the data of the model.
 """
 
 import math
@@ -11,10 +11,10 @@ import torch
 from model import GPT, GPTConfig
 from train import Settings, fit_to_data
 from utils.checkpoint import RunFolder, describe, load_checkpoint
-from utils.data import Dataset, prepare_if_small
+from utils.data import Dataset
 from utils.device import resolve
 from utils.files import locked
-from utils.settings import Parser, UserError, add_settings, check_ranges, run_program
+from utils.settings import Parser, UserError, add_settings, build, check_ranges, run_program
 
 # Their query mode -> ours, and the softmax scales that we can express, as multiples of
 # 1 / sqrt(head size). None is their default. Their code halves the scale where we halve the query.
@@ -27,7 +27,7 @@ MODES = {
 RENAMED = {"num_heads": "n_head", "mlp_hidden_size": "mlp_hidden"}  # their settings -> ours
 REQUIRED = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size"}
 OPTIONAL = {"query_mode", "scale", "mlp_hidden", "dropout", "bias", "tie_weights"}
-MODULES = {"transformer.h": "blocks", "transformer.": ""}  # in the weights' names, theirs -> ours
+MODULES = {"_orig_mod.": "", "transformer.h": "blocks", "transformer.": ""}  # in weights' names
 MODULES |= {"residual_rmsnorm_input": "query.rms_norm", "residual_in": "query.w_1"}
 MODULES |= {"residual_out": "query.w_2", "residual_layernorm_output": "query.layer_norm"}
 
@@ -64,7 +64,6 @@ def rename(foreign, d):
     """Foreign tensors by our names. c_attn stacks W_Q (where there is one), W_K and W_V."""
     weights = {}
     for name, tensor in foreign.items():
-        name = name.removeprefix("_orig_mod.")
         for theirs, ours in MODULES.items():
             name = name.replace(theirs, ours)
         if ".c_attn." in name:
@@ -72,55 +71,46 @@ def rename(foreign, d):
             if len(query):
                 weights[name.replace("c_attn", "query.w_q")] = query
             name = name.replace("c_attn", "key_value")
-        if not name.endswith(".attn.bias"):  # a causal mask, which old versions saved
-            weights[name] = tensor
+        weights[name] = tensor
     return weights
 
 
 def read_options(argv):
-    """Command line -> options; options.given holds the settings that differ from the defaults."""
-    # "resolve" lets --dataset below replace the one of Settings, which has a default.
-    parser = Parser(description=__doc__, conflict_handler="resolve")
+    """Command line -> (path of the foreign checkpoint, settings of the new run)."""
+    parser = Parser(description=__doc__)
     parser.add_argument("checkpoint", help="the foreign file, CKPT.pt")
-    parser.add_argument("run", help="the folder of the new run, out/NAME")
+    parser.add_argument("out_dir", metavar="run", help="the folder of the new run, out/NAME")
     add_settings(parser, Settings)
-    parser.add_argument("--dataset", required=True, help="a folder in data/")
     options = parser.parse_args(argv)
-    given = {k: v for k, v in vars(options).items() if v != getattr(Settings, k, v)}
-    if wrong := given.keys() & {"out_dir", "resume", "eval_only"}:
-        parser.error(f"--{min(wrong)} is not for an import")
-    options.given = {**given, "dataset": options.dataset, "out_dir": options.run}
-    check_ranges(Settings(**options.given))
-    return options
+    check_ranges(options)
+    return options.checkpoint, build(Settings, options)
 
 
 def main(argv=None):
-    options = read_options(argv)
-    foreign = load_checkpoint(options.checkpoint)
+    path, settings = read_options(argv)
+    foreign = load_checkpoint(path)
     try:
         model = translate(foreign)
     except (UserError, ValueError, RuntimeError) as e:  # from GPTConfig, from load_state_dict
-        raise UserError(f"{options.checkpoint}: {' '.join(str(e).split()):.300}") from None
-    settings = resolve(Settings(**options.given))
+        raise UserError(f"{path}: {' '.join(str(e).split()):.300}") from None
     config = model.config
-    prepare_if_small(settings.dataset)
     data = Dataset(settings.dataset, config.block_size)
     if not 0 <= config.vocab_size - data.vocab_size < 128:  # so much may be padding
         raise UserError(f"vocab_size={config.vocab_size}, but the data have {data.vocab_size}")
     fit_to_data(config, settings, data)
-    checkpoint = {"model": model.state_dict(), "config": asdict(config)}
     state = {"step": 0, "val": None, "best_val_loss": math.inf, "seconds": 0.0}  # as at a start
-    checkpoint |= {"tokenizer": data.tokenizer, "state": state}
-    # causal follows from the objective.
-    lines = [f"{k} = {v!r}\n" for k, v in (options.given | asdict(config)).items() if k != "causal"]
-    run = RunFolder(options.run)
+    checkpoint = {"model": model.state_dict(), "config": asdict(config), "state": state}
+    checkpoint["tokenizer"] = data.tokenizer
+    record = describe(resolve(settings), model, data)
+    recipe = asdict(settings) | asdict(config)
+    del recipe["causal"]  # it follows from the objective
+    run = RunFolder(settings.out_dir)
     if any(map(run.holds, ("config.json", "ckpt.pt", "best.pt"))):  # perhaps the foreign file
         raise UserError(f"{run.path} holds a run or a checkpoint; choose another folder")
     with locked(run.path):
-        run.write_text("config.py", "".join(lines))
-        run.save("best.pt", checkpoint)  # until training finds a better one
+        run.write_text("config.py", "".join(f"{k} = {v!r}\n" for k, v in recipe.items()))
         run.save("ckpt.pt", checkpoint)
-        run.write_json("config.json", describe(settings, model, data))  # makes the folder a run
+        run.write_json("config.json", record)
     print(f"{run.path}: {config.query_mode} query; sample from it: python sample.py {run.path}")
 
 

@@ -49,7 +49,6 @@ def list_steps(shape, device, runs):
         f"{quickstart}/resumed --resume",
         f"-m torch.distributed.run --standalone --nproc_per_node=1 {quickstart}/torchrun",
         f"-m tools.bench sample {model} --repeats=3",
-        f"-m tools.runbook profile {model} --batch_size=60 --queries nonlinear",
         f"-m tools.runbook speed {model} --batch_size=120 --queries nonlinear",
     ]
 
@@ -120,7 +119,7 @@ def gradients(shape, settings, queries):
 
 
 def speed(shape, settings, queries):
-    """Train in turns: loss, first step and memory of each query, then tokens/s, MFU as in PaLM."""
+    """Train in turns. Print each query's loss, first step, memory, tokens/s and MFU (PaLM's)."""
     functions = {}
     for query in queries:
         others = torch.accelerator.memory_allocated()
@@ -139,25 +138,9 @@ def speed(shape, settings, queries):
             print(f"{query:15} MFU {rate * flops / (peak * 1e12):.1%}")
 
 
-def profile(shape, settings, queries):
-    """Print which kernels take most of a training step."""
-    take_steps = make_training(queries[0], shape, settings)
-    take_steps(3)
-    with torch.profiler.profile() as profiler:
-        seconds, _ = timed(take_steps, 1)
-    shares = {}
-    for event in profiler.key_averages():
-        # The events of the CPU repeat the time of the kernels that they start.
-        if event.device_type != torch.autograd.DeviceType.CPU and not event.is_user_annotation:
-            shares[event.key] = event.self_device_time_total / 1e6 / seconds
-    for kernel in sorted(shares, key=shares.get, reverse=True)[:25]:
-        print(f"{shares[kernel]:6.1%} {kernel:.72}")
-    print(f"{1 - sum(shares.values()):6.1%} idle")
-
-
 def main(argv=None):
     parser = Parser(description=__doc__)
-    steps = {"gradients": gradients, "speed": speed, "profile": profile}
+    steps = {"gradients": gradients, "speed": speed}
     parser.add_argument("step", nargs="?", choices=steps, help="one step, by itself")
     parser.add_argument("--shape", choices=SHAPES, default="gpt3_small", help="default gpt3_small")
     parser.add_argument("--device", help="cpu or cuda; default the first there is")
