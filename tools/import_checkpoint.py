@@ -96,7 +96,7 @@ def main(argv=None):
     config = model.config
     data = Dataset(settings.dataset, config.block_size)
     if not 0 <= config.vocab_size - data.vocab_size < 128:  # so much may be padding
-        raise UserError(f"vocab_size={config.vocab_size}, but the data have {data.vocab_size}")
+        raise UserError(f"{path}: vocab_size={config.vocab_size}; the data: {data.vocab_size}")
     fit_to_data(config, settings, data)
     state = {"step": 0, "val": None, "best_val_loss": math.inf, "seconds": 0.0}  # as at a start
     checkpoint = {"model": model.state_dict(), "config": asdict(config), "state": state}

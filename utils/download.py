@@ -8,14 +8,6 @@ import time
 import requests
 from urllib3.exceptions import HTTPError
 
-try:
-    from tqdm import tqdm
-except ImportError:
-    # Without this optional package no progress is shown.
-    def tqdm(items, *arguments, **options):
-        return items
-
-
 TRIES = 7  # in a row that bring no byte
 TIMEOUT = 30  # seconds without a byte
 BLOCK = 1 << 16  # bytes; a broken connection loses less than this

@@ -25,18 +25,15 @@ import numpy as np
 from requests import RequestException
 from urllib3.exceptions import HTTPError
 
-from utils.download import download, tqdm
+from utils.download import download
 from utils.files import locked, new_file
-from utils.options import short
 from utils.settings import UserError
 from utils.tokenizers import GPT2Tokenizer
 
 HUB = "https://huggingface.co"
 REPOSITORY = "datasets/Skylion007/openwebtext"
 REVISION = "f3808c30e817981b845ec549c43e82bb467d8144"  # the last one with these archives
-PARQUET_REVISION = "79d93d786212f7344586290adb811d4ae6a1762c"  # the same text in other files
 N_SHARDS = 21
-TOKEN_BYTES = 0.9e9  # for an archive's tokens
 MEMBER_BYTES = 1 << 28  # of an inner archive at most; the true ones have some 2 MB
 PUBLISHED = {"documents": 8_013_769, "tokens": 9_040_017_095, "val": 4_434_606}
 # The published sums of twelve archives, in the format of the command sha256sum.
@@ -77,20 +74,13 @@ def prepare(data_dir, shards, mirror, source, keep):
     except (RequestException, HTTPError) as e:
         # requests puts a long address before the cause.
         cause = str(e).rpartition("Caused by ")[2][:200]
-        hint = "try again, another --mirror, or --source"
-        hint += f" (but not the parquet files of revision {PARQUET_REVISION})"
-        raise UserError(f"{address}: {cause}; {hint}") from None
+        raise UserError(f"{address}: {cause}; try again, or another --mirror") from None
 
 
 def tokenize_archives(archives, work, folder, address, tokenizer):
     """Write the tokens and the record of each archive that has no record yet."""
     todo = [name for name in archives if not (work / f"{name}.json").exists()]
-    # The data set is a second copy of the tokens. Without --keep no archive is left by then.
-    need = TOKEN_BYTES * (len(todo) + len(archives))
-    free = shutil.disk_usage(work).free
-    print(f"{len(todo)} archives to do, which need {short(need)}B on the disk", flush=True)
-    if need > free:
-        raise UserError(f"{work} has only {short(free)}B free; make room, or use --shards")
+    print(f"{len(todo)} archives to do", flush=True)
     # The thread that downloads ahead is a daemon, so Ctrl-C does not wait for it.
     with ThreadPool(1) as pool:
         for path, sha256 in pool.imap(lambda name: fetch(name, folder, address), todo):
@@ -108,8 +98,6 @@ def fetch(name, folder, address):
     announced = None
     if address:
         announced = download(f"{address}/{REPOSITORY}/resolve/{REVISION}/subsets/{name}", path)
-    elif not path.exists():
-        raise UserError(f"--source {folder} holds no {name}")
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while block := f.read(1 << 20):
@@ -126,7 +114,7 @@ def tokenize_archive(path, sha256, work, tokenizer):
     lengths = []
     tokens_path = work / f"{path.name}.tokens"
     with new_file(work / f"{path.name}.json") as record, new_file(tokens_path) as f:
-        for tokens, of_documents in tqdm(tokenize(path, tokenizer), path.name, disable=None):
+        for tokens, of_documents in tokenize(path, tokenizer):
             f.write(tokens)
             lengths += of_documents
         if not lengths:
@@ -138,7 +126,8 @@ def tokenize_archive(path, sha256, work, tokenizer):
 
 def tokenize(path, tokenizer):
     """Yield what tokenize_member makes of each inner archive, in order."""
-    threads = n_threads()
+    # More than 16 threads would wait for Python's lock.
+    threads = min(os.cpu_count() or 1, 16)
     waiting = collections.deque()
     with tarfile.open(path, "r|", bufsize=1 << 20) as tar, ThreadPoolExecutor(threads) as pool:
         for data in files(tar, ".xz"):
@@ -152,11 +141,6 @@ def tokenize(path, tokenizer):
         end = tar.fileobj.read(1 << 16)
         if not end or any(end):
             raise tarfile.ReadError(f"cut off at byte {tar.offset:,}")
-
-
-def n_threads():
-    """One for each core, but at most 16: more would wait for Python's lock."""
-    return min(os.cpu_count() or 1, 16)
 
 
 def files(tar, suffix):
@@ -186,7 +170,16 @@ def tokenize_member(data, tokenizer):
 
 def gather(archives, work, tokenizer):
     """Write the data set to work/result."""
-    entries, documents = read_records(archives, work)
+    entries = []
+    tables = []
+    for number, name in enumerate(archives):
+        entry = json.loads((work / f"{name}.json").read_text())
+        lengths = np.array(entry.pop("lengths"), np.uint32)
+        starts = lengths[:, 0].cumsum(dtype=np.uint32) - lengths[:, 0]
+        tables.append(np.column_stack([np.full_like(starts, number), starts, lengths]))
+        entries.append(entry)
+    # A row for each document: number of the archive, position in its tokens, tokens, bytes of text.
+    documents = np.concatenate(tables)
     # The split and the order of datasets.train_test_split(test_size=0.0005, seed=2357).
     documents = documents[np.random.default_rng(2357).permutation(len(documents))]
     n_val = math.ceil(0.0005 * len(documents))
@@ -210,36 +203,15 @@ def gather(archives, work, tokenizer):
         f.write(json.dumps(meta, indent=1).encode())
 
 
-def read_records(archives, work):
-    """Return the archives' entries in meta.json, and a table with a row for each document.
-
-    Its columns: number of the archive, position in its tokens, tokens, bytes of text.
-    """
-    entries = []
-    tables = []
-    for i, name in enumerate(archives):
-        entry = json.loads((work / f"{name}.json").read_text())
-        lengths = np.array(entry.pop("lengths"))
-        starts = lengths[:, 0].cumsum() - lengths[:, 0]
-        table = np.column_stack([np.full(len(lengths), i), starts, lengths])
-        tables.append(table.astype(np.uint32))
-        entries.append(entry)
-    return entries, np.concatenate(tables)
-
-
 def write_split(path, documents, sources):
     """Copy documents, in their order, to a .bin file. Return the split's entry in meta.json."""
     sha256 = hashlib.sha256()
     _, _, n_tokens, text_bytes = documents.sum(axis=0, dtype=np.int64).tolist()
-    print(f"{path.name}: {len(documents):,} documents, {n_tokens:,} tokens", flush=True)
-    # A part at a time becomes Python integers, so that memory stays small.
-    parts = np.array_split(documents, 1 + len(documents) // 10_000)
     with new_file(path) as f:
-        for part in tqdm(parts, path.name, disable=None):
-            for archive, start, n, _ in part.tolist():
-                sources[archive].seek(2 * start)
-                tokens = sources[archive].read(2 * n)
-                sha256.update(tokens)
-                f.write(tokens)
+        for archive, start, n, _ in map(np.ndarray.tolist, documents):
+            sources[archive].seek(2 * start)
+            tokens = sources[archive].read(2 * n)
+            sha256.update(tokens)
+            f.write(tokens)
     entry = {"documents": len(documents), "tokens": n_tokens, "text_bytes": text_bytes}
     return entry | {"sha256": sha256.hexdigest()}
