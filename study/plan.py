@@ -98,7 +98,8 @@ class Study:
             tuning, rate = self.search(arm)
             runs += tuning
             runs += [Run(arm, rate, seed) for seed in self.seeds if rate]
-        return runs
+        order = [*self.tuning_seeds, *self.seeds]
+        return sorted(runs, key=lambda run: order.index(run.seed))  # so that the arms stay level
 
     def search(self, arm):
         """The tuning runs of an arm, and its best rate, which is None until they are done.

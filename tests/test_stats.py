@@ -201,7 +201,7 @@ def test_the_search_gives_up_and_one_rate_needs_none():
     study = searched(lambda run: -run.learning_rate, first=[1.0], arms="a")  # it never turns
     assert plan.MOST_RATES <= len(seeds_by_rate(study)) <= plan.MOST_RATES + 1
     study = empty_study("ab", rates=[0.1])
-    assert study.runs() == [Run(arm, 0.1, seed) for arm in "ab" for seed in (3, 4)]
+    assert study.runs() == [Run(arm, 0.1, seed) for seed in (3, 4) for arm in "ab"]
 
 
 def test_a_rate_stands_once_the_arm_is_measured_and_an_added_arm_changes_no_other_run():

@@ -11,7 +11,7 @@ import torch
 from model import GPT, GPTConfig
 from train import Settings, fit_to_data
 from utils.checkpoint import RunFolder, describe, load_checkpoint
-from utils.data import Dataset
+from utils.data import Dataset, prepare_if_small
 from utils.device import resolve
 from utils.files import locked
 from utils.settings import Parser, UserError, add_settings, build, check_ranges, run_program
@@ -71,7 +71,8 @@ def rename(foreign, d):
             if len(query):
                 weights[name.replace("c_attn", "query.w_q")] = query
             name = name.replace("c_attn", "key_value")
-        weights[name] = tensor
+        if not name.endswith(".attn.bias"):  # a causal mask, which old versions saved
+            weights[name] = tensor
     return weights
 
 
@@ -94,6 +95,7 @@ def main(argv=None):
     except (UserError, ValueError, RuntimeError) as e:  # from GPTConfig, from load_state_dict
         raise UserError(f"{path}: {' '.join(str(e).split()):.300}") from None
     config = model.config
+    prepare_if_small(settings.dataset)
     data = Dataset(settings.dataset, config.block_size)
     if not 0 <= config.vocab_size - data.vocab_size < 128:  # so much may be padding
         raise UserError(f"{path}: vocab_size={config.vocab_size}; the data: {data.vocab_size}")

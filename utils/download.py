@@ -45,6 +45,7 @@ def download(url, path):
         while f.tell() < size:
             time.sleep(2**failures - 1)
             before = f.tell()
+            print(f"{path.name}: {before / 1e6:.0f} of {size / 1e6:.0f} MB are here", flush=True)
             with contextlib.suppress(HTTPError):
                 receive(url, f, size)
             failures = 0 if f.tell() > before else failures + 1

@@ -81,6 +81,9 @@ def tokenize_archives(archives, work, folder, address, tokenizer):
     """Write the tokens and the record of each archive that has no record yet."""
     todo = [name for name in archives if not (work / f"{name}.json").exists()]
     print(f"{len(todo)} archives to do", flush=True)
+    # Tokens take 0.9 GB an archive, and the data set is a second copy of them.
+    if shutil.disk_usage(work).free < 0.9e9 * (len(todo) + len(archives)):
+        raise UserError(f"{work} has too little space for {len(archives)} archives; see --shards")
     # The thread that downloads ahead is a daemon, so Ctrl-C does not wait for it.
     with ThreadPool(1) as pool:
         for path, sha256 in pool.imap(lambda name: fetch(name, folder, address), todo):
@@ -205,6 +208,7 @@ def gather(archives, work, tokenizer):
 
 def write_split(path, documents, sources):
     """Copy documents, in their order, to a .bin file. Return the split's entry in meta.json."""
+    print(f"writing {path.name}", flush=True)
     sha256 = hashlib.sha256()
     _, _, n_tokens, text_bytes = documents.sum(axis=0, dtype=np.int64).tolist()
     with new_file(path) as f:
