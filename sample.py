@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, QUERIES, GPTConfig
+from model import GPT, GPTConfig
 from utils.checkpoint import RunFolder
 from utils.device import pick_device
 from utils.generation import FORMATS, for_generation, generate_tokens
@@ -21,19 +21,18 @@ from utils.tokenizers import load_tokenizer
 def load_model(folder, device, dtype=None):
     """The best model of a run, or its last one -> (GPT ready to generate, spec of its tokenizer).
 
-    dtype: see for_generation. UserError where there is no model, or its query is not known.
+    dtype: see for_generation. UserError where there is no model, or its query is unknown.
     """
     run = RunFolder(folder)
     name = "best.pt" if run.holds("best.pt") else "ckpt.pt"
     if not run.holds(name):
         raise UserError(f"{folder} holds no trained model (neither best.pt nor ckpt.pt)")
     checkpoint = run.load(name)
-    mode = checkpoint["config"].get("query_mode")
-    if mode not in QUERIES:
-        problem = f"{folder} has query_mode={mode}, which is not one of {', '.join(QUERIES)}"
+    try:
+        model = GPT(GPTConfig(**checkpoint["config"]))
+    except ValueError as e:
         hint = f"for one of study/queries.py: python -m study.queries sample {folder}"
-        raise UserError(f"{problem}; {hint}")
-    model = GPT(GPTConfig(**checkpoint["config"]))
+        raise UserError(f"{folder}: {e}; {hint}") from None
     model.load_state_dict(checkpoint["model"])
     return for_generation(model.to(device), dtype), checkpoint["tokenizer"]
 

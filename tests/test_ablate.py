@@ -8,7 +8,6 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ pytest.importorskip("scipy", reason="a study needs scipy")
 pytest.importorskip("matplotlib", reason="a study needs matplotlib")
 
 from study import ablate, report, runs  # noqa: E402
-from study.plan import Run, Study  # noqa: E402
+from study.plan import Run  # noqa: E402
 from study.queries import CANDIDATES  # noqa: E402
 
 # Four arms with two seeds at one rate; two of the arms diverge.
@@ -207,31 +206,6 @@ def leave_only(*names):
     Path("r/runs.jsonl").write_text("".join(lines))
 
 
-@pytest.mark.slow
-def test_a_grid_that_was_killed_anywhere_ends_as_if_it_had_not_been(grid):
-    undisturbed = losses()
-    first = "linear+weight_decay=1e30-lr0.01-seed1"
-    left = [name for name in records() if "1e30" in name and first not in name]
-    leave_only(f"{LINEAR}-lr0.01-seed1", *left)
-    train_run(LINEAR, 1)  # killed after its record was written, before its folder was deleted
-    train_run(LINEAR, 2)  # killed before its record was written
-    middle = train_run(NONLINEAR, 1, "--max_iters=8", "--lr_decay_iters=12")  # killed at step 8
-    config = (middle / "config.json").read_text().replace('"max_iters": 8', '"max_iters": 12')
-    (middle / "config.json").write_text(config)
-    early = Path(f"r/{NONLINEAR}-lr0.01-seed2")  # killed before the first checkpoint
-    early.mkdir()
-    (early / "config.json").write_text(config.replace('"seed": 1', '"seed": 2'))
-    Path("r/.runs.jsonl.tmp").write_text("{")  # killed while a record was written
-    done = run("-m", "study.ablate", *GRID)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(re.findall(r"val loss \d", done.stdout)) == 3
-    # Another number of threads changes the rounding.
-    assert losses() == pytest.approx(undisturbed, rel=1e-6) and len(records()) == 8
-    assert files("r").keys() <= LEFT
-    resumed = records()[f"{NONLINEAR}-lr0.01-seed1"]["config"]["resumed"]
-    assert resumed[0]["at_step"] == 8
-
-
 def test_a_run_that_fails_stops_the_grid_and_its_last_line_is_shown(grid):
     leave_only("query_mode=linear+weight_decay=1e30-lr0.01-seed1")
     for seed in (1, 2):
@@ -268,45 +242,6 @@ def test_a_grid_that_is_killed_continues_where_it_was(number):
     whole = RunFolder(train_run(LINEAR, 2, *longer, folder="whole")).metrics()
     loss = losses()[f"{LINEAR}-lr0.01-seed2"]
     assert loss == pytest.approx(whole[-1]["val_loss"], rel=1e-6)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_a_study_does_not_depend_on_which_run_ended_first(seed, monkeypatch):
-    """A whole study with a search for rates; no run is made twice, but one whose record is lost."""
-    rng = np.random.default_rng(seed)
-    best, noise, started = {"a": 1e-3, "b": 3e-2}, {}, []
-
-    def start_simulated(study, run, device):
-        started.append(run)
-        off = math.log2(run.learning_rate / best[run.arm])
-        loss = 3 + 0.02 * off**2 + noise.setdefault(run, rng.normal(0, 0.03))
-        folder = RunFolder(study.folder / str(run))
-        folder.path.mkdir(parents=True)
-        folder.write_json("config.json", {})
-        folder.log(12, val_loss=loss, seconds=1)
-        waits = iter([None] * rng.integers(0, 5))
-        return SimpleNamespace(poll=lambda: next(waits, 0), returncode=0)
-
-    def empty(folder, devices):
-        arms, rates, pairs = {"a": {}, "b": {}}, [4e-3, 8e-3], [["b", "a"]]
-        return Study("c.py", arms, rates, [1, 2], [3, 4], pairs, Path(folder), devices)
-
-    monkeypatch.setattr(time, "sleep", lambda _: None)
-    monkeypatch.setattr(runs, "start", start_simulated)
-    monkeypatch.setattr(runs, "check", lambda *_: None)
-    study, again, one_by_one = empty("r", [None] * 3), empty("r", [None]), empty("other", [None])
-    assert runs.go(study) == 0 and study.to_go() == 0
-    assert set(study.records) == set(study.runs()) == set(started)
-    assert len(started) == len(set(started))
-    lost = Run("a", study.search("a")[1], 4)
-    path = Path("r/runs.jsonl")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    kept = [json.dumps(line) + "\n" for line in lines if [*line.values()][:3] != [*lost]]
-    path.write_text("".join(kept))
-    started.clear()
-    runs.read(again)
-    assert runs.go(again) == 0 and started == [lost] and again.records == study.records
-    assert runs.go(one_by_one) == 0 and one_by_one.records == study.records
 
 
 # The published study.

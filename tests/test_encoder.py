@@ -14,7 +14,6 @@ from conftest import metrics, printed, train_on
 import sample
 import train
 from model import GPT, GPTConfig
-from tools import bench
 from train import Settings, get_batch, get_micro_batches, get_offsets, mask_tokens
 from utils.data import Dataset
 from utils.device import resolve
@@ -112,14 +111,6 @@ def test_a_run_records_its_objective(tiny_config, capsys):
     record = json.loads(Path("out/tiny/config.json").read_text())
     assert (record["settings"]["objective"], record["settings"]["mask_share"]) == ("masked", 0.3)
     assert (record["model"]["causal"], record["model"]["vocab_size"]) == (False, 19)
-
-
-def test_number_formats_are_compared_by_the_loss_of_the_run(tiny_config, capsys):
-    train.main([tiny_config, "--objective=masked", "--eval_tokens=auto"])
-    best = min(metrics("out/tiny", "val_loss").values())
-    capsys.readouterr()
-    bench.main(["sample", "--run=out/tiny", "--device=cpu"])
-    assert f"float32   validation loss {best:.5f} " in capsys.readouterr().out
 
 
 # Filling in.

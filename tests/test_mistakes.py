@@ -214,7 +214,7 @@ MISTAKES = [
     *each("sample", "{}", ("out/none", "data/tiny"), FAILURE, "{} holds no trained model"),
     ("sample", "empty.txt", FAILURE, "empty.txt"),
     *each("sample", "{}", ("out/cut", "out/executes"), FAILURE, "{}/best.pt is damaged"),
-    ("sample", "out/fork", FAILURE, "query_mode=gated, which is not one of linear, identity"),
+    ("sample", "out/fork", FAILURE, "query_mode='gated' is not one of linear, identity"),
     *[("sample", f"out/good {flag}", USAGE, words) for flag, words in NOT_SAMPLED.items()],
     *[("sample", f"out/good {flag}", FAILURE, words) for flag, words in NOT_PROMPTED.items()],
     *each("sample", "out/encoder{}", ("", " --prompt=1"), FAILURE, "--prompt with <mask>"),

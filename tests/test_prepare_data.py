@@ -160,21 +160,10 @@ def test_tokenizers_give_back_what_they_took(gpt2_vocabulary):
         assert tokenizer.decode([tokenizer.vocab_size + 40])  # padded ids do no harm
 
 
-def test_text_that_reads_like_a_special_token_is_text(gpt2_vocabulary, monkeypatch):
+def test_text_that_reads_like_a_special_token_is_text(gpt2_vocabulary):
     assert GPT2Tokenizer(True).encode(b"hello world").tolist() == [31373, 995]
     special = GPT2Tokenizer(True).encode(b"a <|endoftext|>").tolist()
     assert special == [64, 1279, 91, 437, 1659, 5239, 91, 29]
-    with monkeypatch.context() as patch:  # before 0.9
-        patch.delattr(tiktoken.Encoding, "encode_to_numpy")
-        with pytest.raises(UserError, match="too old"):
-            GPT2Tokenizer(True)
-
-    def as_special(self, text, **_):  # 0.9 and 0.10
-        return np.array(self.encode(text, allowed_special="all"))
-
-    monkeypatch.setattr(tiktoken.Encoding, "encode_to_numpy", as_special)
-    with pytest.raises(UserError, match="too old"):
-        GPT2Tokenizer(True)
 
 
 def test_a_failed_download_is_one_line_and_leaves_nothing_behind(monkeypatch):

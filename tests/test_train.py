@@ -29,8 +29,8 @@ from model import GPT, GPTConfig
 from train import Settings, get_batch, get_lr, get_micro_batches, get_offsets
 from utils import device as device_module
 from utils.data import Dataset
-from utils.device import autocast, resolve
-from utils.flops import flops_per_token, peak_tflops
+from utils.device import resolve
+from utils.flops import flops_per_token
 from utils.settings import UserError, read_command
 
 both_objectives = pytest.mark.parametrize("objective", ["next", "masked"])
@@ -321,25 +321,6 @@ def test_a_step_on_a_gpu_does_not_wait_for_it(objective, tiny_data):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("query_mode", ["linear", "identity", "nonlinear"])
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_bfloat16_stays_close_to_float32(query_mode, qk_norm):
-    model = GPT(GPTConfig(16, 20, 2, 2, 32, query_mode=query_mode, qk_norm=qk_norm))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(1 if p.dim() < 2 else 8)  # so that attention weights are far from uniform
-    idx = torch.randint(20, (4, 16), generator=torch.Generator().manual_seed(0))
-    exact = model(idx)
-    with autocast(Settings(device="cpu", dtype="bfloat16")):
-        rounded = model(idx)
-    assert rounded.dtype == torch.bfloat16
-    error = (rounded.float() - exact).pow(2).mean().sqrt() / exact.std()
-    assert 0 < error < 0.05
-    for block in model.blocks:  # a query that is missing would show
-        block.attn.query.forward = torch.zeros_like
-    assert (model(idx) - exact).pow(2).mean().sqrt() / exact.std() > 3 * error
-
-
 # Runs.
 
 
@@ -561,13 +542,6 @@ def test_the_operations_of_a_step_are_those_that_torch_counts(mode):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(idx, idx).backward()
     assert counter.get_total_flops() == 2 * 16 * flops_per_token(model)
-
-
-def test_the_peak_of_a_gpu_is_known_or_not_given():
-    peaks = {"NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA GH200 480GB": 989}
-    peaks |= {"NVIDIA A100-SXM4-40GB": 312, "NVIDIA A100-SXM4-40GB MIG 1g.5gb": None}
-    peaks |= {"NVIDIA GeForce RTX 4090 D": 147, "NVIDIA RTX A1000": None, "Tesla T4": None}
-    assert {name: peak_tflops(name) for name in peaks} == peaks
 
 
 def test_accumulation_must_be_shared_evenly(tiny_config, monkeypatch):

@@ -7,7 +7,6 @@ After a warm-up the models take turns. The tables show medians and extremes.
 """
 
 import time
-from dataclasses import replace
 from functools import partial
 from statistics import median
 from types import SimpleNamespace
@@ -17,12 +16,9 @@ import torch
 
 import train
 from model import GPT, QUERIES, GPTConfig
-from sample import load_model
-from utils.checkpoint import RunFolder
-from utils.data import Dataset
 from utils.device import device_name, processes, resolve
-from utils.generation import for_generation, formats, generate
-from utils.options import checked, short
+from utils.generation import for_generation, generate
+from utils.options import checked
 from utils.settings import Parser, check_ranges, run_program
 
 SHAPES = {
@@ -72,7 +68,7 @@ def print_speeds(functions, tokens, repeats):
                 speeds[name].append(tokens / seconds)
     first = next(iter(speeds))
     for name, values in speeds.items():
-        spread = f"{short(median(values))} ({short(min(values))} to {short(max(values))})"
+        spread = f"{median(values):,.0f} ({min(values):,.0f} to {max(values):,.0f})"
         ratio = median(mine / others for mine, others in zip(values, speeds[first]))
         print(f"{name:15} {spread:26} tokens/s, {ratio:.3f} of {first}")
     return {name: median(values) for name, values in speeds.items()}
@@ -100,22 +96,6 @@ def bench_sample(shape, settings, options):
     print_speeds(functions, settings.batch_size * n, options.repeats)
 
 
-def print_format_losses(run, settings):
-    """Print how the weights' format changes a run's loss on the first 100,000 validation tokens."""
-    record = RunFolder(run).read_json("config.json", "settings")["settings"]
-    known = {key: record[key] for key in ("objective", "mask_share") if key in record}
-    losses = {}
-    for dtype in formats(settings.device):
-        model, _ = load_model(run, settings.device, dtype)
-        data = Dataset(record["dataset"], model.config.block_size)
-        # bfloat16's autocast leaves the loss itself in float32.
-        autocast = "float32" if dtype == "float32" else "bfloat16"
-        chosen = replace(settings, dtype=autocast, eval_tokens=100_000, **known)
-        losses[dtype] = train.evaluate(model, data, chosen)["val_loss"]
-        change = 100 * (losses[dtype] / losses["float32"] - 1)
-        print(f"{dtype:9} validation loss {losses[dtype]:.5f} ({change:+.3f} %)")
-
-
 def read_options(argv):
     count = checked(int, lambda n: n >= 1, "is not 1 or above")
     parser = Parser(description=__doc__)
@@ -127,7 +107,6 @@ def read_options(argv):
     parser.add_argument("--batch_size", type=count, help="sequences; default 8 (sample: 1)")
     parser.add_argument("--repeats", type=count, default=9, help="turns; default 9")
     parser.add_argument("--new_tokens", type=count, default=200, help="sample: default 200")
-    parser.add_argument("--run", help="sample: compare the formats by this run's loss instead")
     return parser.parse_args(argv)
 
 
@@ -144,8 +123,6 @@ def main(argv=None):
     check_ranges(settings)
     settings = resolve(settings)
     print(f"{device_name(settings.device)}, torch {torch.__version__}", flush=True)
-    if options.run:
-        return print_format_losses(options.run, settings)
     bench = bench_train if training else bench_sample
     with processes(settings):
         bench(SHAPES[options.shape], settings, options)

@@ -1,4 +1,4 @@
-"""What the programs beside train.py need for their options and output."""
+"""What the programs beside train.py need for their options."""
 
 import argparse
 
@@ -13,11 +13,3 @@ def checked(kind, holds, problem):
 
     value.__name__ = kind.__name__  # argparse prints it
     return value
-
-
-def short(number):
-    """Three digits: 61.4, 23.3k, 1.25M, 18.1G"""
-    for power, unit in ((9, "G"), (6, "M"), (3, "k")):
-        if number >= 0.9995 * 10**power:
-            return f"{number / 10**power:.3g}{unit}"
-    return f"{number:.3g}"

@@ -71,8 +71,7 @@ class GPT2Tokenizer(Tokenizer):
             raise UserError(f"no GPT-2 vocabulary ({reason}); {hint}") from e
         pieces = [self.bpe.decode_single_token_bytes(i) for i in range(50256)]
         super().__init__(pieces, has_eot, "gpt2")
-        # Before 0.11, encode_to_numpy is missing, or makes a special token of text that looks so.
-        if not hasattr(self.bpe, "encode_to_numpy") or 50256 in self.encode(b"<|endoftext|>"):
+        if 50256 in self.encode(b"<|endoftext|>"):  # as before version 0.11
             raise UserError(f"tiktoken {tiktoken.__version__} is too old; 0.11 is needed")
 
     def encode(self, data):
