@@ -200,6 +200,7 @@ def leave_only(*names):
     Path("r/runs.jsonl").write_text("".join(lines))
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_stops_the_grid_and_its_last_line_is_shown(grid):
     leave_only("query_mode=linear+weight_decay=1e30-lr0.01-seed1")
     for seed in (1, 2):

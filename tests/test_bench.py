@@ -58,7 +58,7 @@ def test_a_step_that_fails_crashes_or_hangs_does_not_stop_the_others(status, mon
         "import time; print('sleeps', flush=True); time.sleep(1000)": "killed",
         "print('the last')": "exit status 0",
     }
-    monkeypatch.setattr(runbook, "STEP_LIMIT", 5)
+    monkeypatch.setattr(runbook, "STEP_LIMIT", 2)
     monkeypatch.setattr(runbook, "list_steps", lambda *given: [f'-c "{code}"' for code in steps])
     assert runbook.run_all("tiny", "cpu") == status
     report = json.loads(Path("out/gpu/gpu.json").read_text())
