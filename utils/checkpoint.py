@@ -131,10 +131,7 @@ class RunFolder:
 
 
 def load_checkpoint(path, *keys):
-    """The dict that torch.save wrote to a file, on the CPU; it must have the keys.
-
-    No code in the file is executed. UserError where it is damaged.
-    """
+    """The dict, with the keys, that torch.save wrote. No code in it is executed."""
     with open(path, "rb") as f:
         try:
             checkpoint = torch.load(f, map_location="cpu", weights_only=True)
@@ -161,11 +158,13 @@ def describe(settings, model, data):
 
 
 def git_commit():
-    """The commit of this code, with -dirty where a tracked file was changed; None without git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The commit of this code, with -dirty where a file was changed since; None without git."""
+    options = {"cwd": Path(__file__).parent.parent, "capture_output": True, "text": True}
+    code = ["--", ".", ":(exclude)study/results"]  # the records grow while a study runs
     with contextlib.suppress(OSError):
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-        return done.stdout.strip() or None
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], **options).stdout.strip()
+        changed = subprocess.run(["git", "diff", "--quiet", "HEAD", *code], **options).returncode
+        return f"{commit}{'-dirty' if changed else ''}" if len(commit) == 40 else None
 
 
 def check_resume(before, now, may_change=MAY_CHANGE):
