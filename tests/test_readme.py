@@ -24,12 +24,7 @@ ROOT_HOLDS = f"{LISTED} README.md LICENSE pyproject.toml .ci .gitignore"
 DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("[a-z]*/README.md")])
 is_checkout = shutil.which("git") and (ROOT / ".git").exists()
 no_git = pytest.mark.skipif(not is_checkout, reason="not a git checkout")
-IGNORED = ("out", "data", "build")
-PYTHON = [
-    path
-    for path in ROOT.rglob("*.py")
-    if not any(part.startswith(".") or part in IGNORED for part in path.relative_to(ROOT).parts)
-]
+PYTHON = [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")]
 
 
 def blocks(language, text=README):

@@ -9,7 +9,9 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -27,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from model import GPT, GPTConfig
 from train import Settings, get_batch, get_lr, get_micro_batches, get_offsets
+from utils import checkpoint as checkpoint_module
 from utils import device as device_module
 from utils.data import Dataset
 from utils.device import resolve
@@ -553,3 +556,15 @@ def test_a_number_too_small_to_be_normal_counts_as_zero():
     with device_module.processes(on_cpu()):
         assert product() == 0
     torch.set_flush_denormal(False)
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
+def test_a_changed_file_makes_the_commit_dirty_but_records_of_studies_do_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_module, "__file__", str(tmp_path / "utils/checkpoint.py"))
+    script = "git init -q; mkdir -p utils study/results; touch utils/a study/results/a; git add .; "
+    subprocess.run(f"{script} git -c user.name=a -c user.email=b commit -qm c", shell=True)
+    commit = checkpoint_module.git_commit()
+    Path("study/results/a").write_text("more")
+    assert len(commit) == 40 and checkpoint_module.git_commit() == commit
+    Path("utils/a").write_text("more")
+    assert checkpoint_module.git_commit() == f"{commit}-dirty"
