@@ -197,11 +197,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """GPT-2's initialisation of Linear and Embedding modules; others keep what they have."""
+        """GPT-2's initialisation of Linear (which may set init_std) and Embedding; others stay."""
         for name, parameter in self.named_parameters():  # a tied weight comes once, as wte.weight
             module = self.get_submodule(name.rpartition(".")[0])
             if parameter.is_meta or not isinstance(module, (nn.Linear, nn.Embedding)):
-                continue
+                continue  # a meta tensor has no values; such a model only counts its parameters
             std = 0.0 if name.endswith("bias") else getattr(module, "init_std", 0.02)
             if name.endswith("c_proj.weight"):
                 # 2 n_layer layers add to the residual stream; this keeps its scale (GPT-2).
