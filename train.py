@@ -281,10 +281,7 @@ def train(settings, config):
         print0(f"{run.path}: {config.query_mode} query, {n_parameters:,} parameters, step {step}")
         if settings.compile:
             model.compile()  # in place, so that the weights keep their names
-        replica = model
-        if dist.is_initialized():
-            device_ids = None if settings.device == "cpu" else [settings.device]
-            replica = DistributedDataParallel(model, device_ids=device_ids)
+        replica = DistributedDataParallel(model) if dist.is_initialized() else model
         started = time.perf_counter() - state["seconds"]
         lap = None  # the step and the time from which the speed is measured
 
@@ -299,7 +296,7 @@ def train(settings, config):
                 return 128 + (stop[0] if stop else signal.SIGTERM)
 
             # Evaluate and save, unless the checkpoint that was resumed has this step's result.
-            is_last = settings.eval_only or step >= settings.max_iters
+            is_last = step >= settings.max_iters
             is_known = state["val"] is not None and state["val"]["step"] == step
             is_due = (is_last or step % settings.eval_interval == 0) and not is_known
             if is_due or settings.eval_only:
@@ -316,6 +313,8 @@ def train(settings, config):
                     save(run, model, optimizer, scaler, data, state, is_best)
                 if lap:  # leave the evaluation out of the speed
                     lap = (step, time.perf_counter())
+            if settings.eval_only:
+                return 0
             if is_last:
                 break
 
@@ -327,6 +326,8 @@ def train(settings, config):
             if step % settings.log_interval == 0 or step == 1:
                 train_loss = sum_over_ranks(loss, settings.device) / world_size()
                 check_finite(train_loss, run, step, settings)
+                if scaler.is_enabled() and scaler.get_scale() < 1:
+                    raise UserError("float16 overflows in all steps; use --dtype=float32")
                 norm = norm.item()
                 lr = get_lr(settings, step - 1)
                 text = f"loss {train_loss:.4f} lr {lr:.1e} norm {norm:.2f}"

@@ -18,8 +18,7 @@ def resolve(settings):
     """The settings with a value, for the device of this process, in place of each auto."""
     device = pick_device(settings.device, int(os.environ.get("LOCAL_RANK", "0")))
     if settings.dtype == "float16" and not device.startswith("cuda"):
-        problem = f"dtype=float16 needs a CUDA device, not {device}"
-        raise UserError(f"{problem}; use bfloat16 or float32", status=2)
+        raise UserError("dtype=float16 needs a CUDA device; use bfloat16 or float32", status=2)
     auto = {
         "dtype": best_dtype(device),
         "compile": device.startswith("cuda"),
@@ -79,8 +78,7 @@ def processes(settings):
     accumulation = settings.gradient_accumulation_steps
     if accumulation % world_size():
         problem = f"gradient_accumulation_steps={accumulation} is no multiple of the"
-        hint = f"change it, and batch_size={settings.batch_size}, so that their product stays"
-        raise UserError(f"{problem} {world_size()} processes; {hint}", status=2)
+        raise UserError(f"{problem} {world_size()} processes", status=2)
     # Some gradients fall below 1e-38. On an Intel Xeon such numbers made a step 5 times as long.
     torch.set_flush_denormal(True)
     on_cuda = settings.device.startswith("cuda")

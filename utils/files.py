@@ -20,7 +20,7 @@ def new_file(path):
         with contextlib.suppress(OSError):
             temporary.unlink()
         cause = e if isinstance(e, OSError) else e.__context__  # torch.save hides a full disk
-        if isinstance(cause, OSError):
+        if isinstance(cause, OSError) and not cause.filename:  # else it was another file
             raise UserError(f"{path} could not be written: {cause.strerror}") from None
         raise
 
@@ -34,6 +34,8 @@ def locked(folder):
             import fcntl
 
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(f.fileno()).st_nlink == 0:  # its owner deleted it after we opened it
+                raise BlockingIOError
         except BlockingIOError:
             hint = "wait for it, or use another folder"
             raise UserError(f"another process is at work in {folder}; {hint}") from None

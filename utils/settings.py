@@ -116,8 +116,9 @@ def check_ranges(options):
     """Refuse values that make no sense. options has settings as attributes."""
     for name, value in vars(options).items():
         least = 1 if type(value) is int and name not in ("seed", "warmup_iters") else 0
-        if isinstance(value, (int, float)) and not least <= value < math.inf:
-            raise UserError(f"{name}={value} must be {least} or above", status=2)
+        bound = 1 if name in ("beta1", "beta2", "dropout", "mask_share") else math.inf
+        if isinstance(value, (int, float)) and not least <= value < bound:
+            raise UserError(f"{name}={value} is not in [{least}, {bound})", status=2)
         if value is not None and value not in CHOICES.get(name, [value]):
             raise UserError(f"{name}={value} must be {' or '.join(CHOICES[name])}", status=2)
     if options.min_lr is not None and options.min_lr > options.learning_rate:
