@@ -27,7 +27,7 @@ def new_file(path):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Make a folder, and lock it until the process ends; UserError if another one has."""
+    """Make a folder and lock it meanwhile; UserError where another process has locked it."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as f:
         try:
