@@ -129,8 +129,7 @@ def get_micro_batches(data, settings, step):
     n = settings.gradient_accumulation_steps * settings.batch_size
     micro_batches = get_offsets(data, settings.seed, step, n).reshape(-1, settings.batch_size)
     for offsets in micro_batches[rank() :: world_size()]:
-        mask_key = (settings.seed, "holes", step)
-        yield get_batch(data, "train", offsets, settings, mask_key)
+        yield get_batch(data, "train", offsets, settings, (settings.seed, "holes", step))
 
 
 # ---- Evaluation and one step ---------------------------------------------------------------------
@@ -197,7 +196,8 @@ def train_step(model, optimizer, scaler, data, settings, step):
     """
     for group in optimizer.param_groups:
         group["lr"] = get_lr(settings, step)
-    torch.manual_seed(derive_seed(settings.seed, "dropout", step, rank()))
+    dropout_seed = derive_seed(settings.seed, "dropout", step, rank())
+    torch.manual_seed(dropout_seed)
     n_micro_batches = settings.gradient_accumulation_steps // world_size()
     mean_loss = torch.zeros((), device=settings.device)
     for number, (x, y) in enumerate(get_micro_batches(data, settings, step), 1):
@@ -288,7 +288,8 @@ def train(settings, config):
         while True:
             # A signal to any process stops all of them here; during an evaluation, a step later.
             if sum_over_ranks(len(stop), "cpu"):
-                check_finite(sum(w.sum() for w in model.state_dict().values()), run, step, settings)
+                weights = sum(weight.sum() for weight in model.state_dict().values())
+                check_finite(weights, run, step, settings)
                 state.update(step=step, seconds=time.perf_counter() - started)
                 save(run, model, optimizer, scaler, data, state)
                 barrier()  # wait until rank 0 has saved: torchrun kills all when one process ends

@@ -119,7 +119,6 @@ def sum_over_ranks(value, device):
 
 
 def print0(text):
-    """Print once, not once for each process."""
     if rank() == 0:
         print(text, flush=True)
 
