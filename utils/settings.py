@@ -69,7 +69,7 @@ def add_settings(parser, cls):
         kinds = typing.get_args(field.type) or (field.type,)
         options = {"type": setting_type(kinds), "metavar": kinds[0].__name__}
         options["default"] = "auto" if field.default is None else field.default
-        options["help"] = f"{comments.get(field.name, '')} (%(default)s)"
+        options["help"] = f"{comments.get(field.name, '').replace('%', '%%')} (%(default)s)"
         if bool in kinds:  # a bare --resume means --resume=true
             options |= {"nargs": "?", "const": True}
         group.add_argument(f"--{field.name}", **options)
