@@ -13,7 +13,7 @@ from model import GPT, GPTConfig
 from utils.checkpoint import RunFolder
 from utils.device import pick_device
 from utils.generation import FORMATS, for_generation, generate_tokens
-from utils.options import checked
+from utils.options import checked, count
 from utils.settings import Parser, UserError, run_program
 from utils.tokenizers import load_tokenizer
 
@@ -123,7 +123,6 @@ def write_filled(model, prompt, tokenizer, options):
 
 def read_options(argv):
     parser = Parser(description=__doc__)
-    count = checked(int, lambda value: value >= 1, "is not 1 or above")
     non_negative = checked(float, lambda value: value >= 0, "is not 0 or above")
     share = checked(float, lambda value: 0 < value <= 1, "is not in (0, 1]")
     seed = checked(int, lambda value: 0 <= value < 2**63, "is not in [0, 2**63)")

@@ -18,7 +18,7 @@ import train
 from model import GPT, QUERIES, GPTConfig
 from utils.device import device_name, processes, resolve
 from utils.generation import for_generation, generate
-from utils.options import checked
+from utils.options import count
 from utils.settings import Parser, check_ranges, run_program
 
 SHAPES = {
@@ -97,7 +97,6 @@ def bench_sample(shape, settings, options):
 
 
 def read_options(argv):
-    count = checked(int, lambda n: n >= 1, "is not 1 or above")
     parser = Parser(description=__doc__)
     parser.add_argument("command", choices=["train", "sample"])
     parser.add_argument("--shape", choices=SHAPES, default="small", help="default small")

@@ -15,7 +15,7 @@ import train
 from model import GPT, GPTConfig
 from utils.device import autocast
 from utils.flops import flops_per_token
-from utils.options import checked
+from utils.options import count
 from utils.settings import Parser, UserError, read_command, run_program
 
 
@@ -58,7 +58,6 @@ def count_memory(settings, config, gpus, parameters):
 def read_options(argv):
     """Command line -> (options, settings, model configuration)."""
     parser = Parser(description=__doc__)
-    count = checked(int, lambda n: n >= 1, "must be at least 1")
     parser.add_argument("--gpus", type=count, default=1, help="default 1")
     parser.add_argument("--tflops", type=count, default=400, help="that a GPU reaches; default 400")
     options, recipe = parser.parse_known_args(argv)

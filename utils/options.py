@@ -13,3 +13,6 @@ def checked(kind, holds, problem):
 
     value.__name__ = kind.__name__  # argparse prints it
     return value
+
+
+count = checked(int, lambda n: n >= 1, "is not 1 or above")
