@@ -240,13 +240,13 @@ def save(run, model, optimizer, scaler, data, state, is_best=False):
 
 
 def restore(checkpoint, model, optimizer, scaler, state):
-    """Load what `save` wrote."""
+    """Load what `save` wrote, or an imported model, whose state is the step alone."""
     model.load_state_dict(checkpoint["model"])
     if "optimizer" in checkpoint:  # an imported model has none
         optimizer.load_state_dict(checkpoint["optimizer"])
     if checkpoint.get("scaler"):  # it is empty unless the run was in float16
         scaler.load_state_dict(checkpoint["scaler"])
-    state.update({key: checkpoint["state"][key] for key in state})
+    state.update({key: value for key, value in checkpoint["state"].items() if key in state})
 
 
 def check_finite(value, run, step, settings):

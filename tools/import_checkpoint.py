@@ -3,14 +3,13 @@
 The flags are settings of train.py for further training. --dataset names the data of the model.
 """
 
-import math
 from dataclasses import asdict
 
 import torch
 
 from model import GPT, GPTConfig
 from train import Settings, fit_to_data
-from utils.checkpoint import RunFolder, describe, load_checkpoint
+from utils.checkpoint import RUN_FILES, RunFolder, describe, load_checkpoint
 from utils.data import Dataset, prepare_if_small
 from utils.device import resolve
 from utils.files import locked
@@ -100,14 +99,13 @@ def main(argv=None):
     if not 0 <= config.vocab_size - data.vocab_size < 128:  # so much may be padding
         raise UserError(f"{path}: vocab_size={config.vocab_size}; the data: {data.vocab_size}")
     fit_to_data(config, settings, data)
-    state = {"step": 0, "val": None, "best_val_loss": math.inf, "seconds": 0.0}  # as at a start
-    checkpoint = {"model": model.state_dict(), "config": asdict(config), "state": state}
-    checkpoint["tokenizer"] = data.tokenizer
+    checkpoint = {"model": model.state_dict(), "config": asdict(config)}
+    checkpoint |= {"tokenizer": data.tokenizer, "state": {"step": 0}}
     record = describe(resolve(settings), model, data)
     recipe = asdict(settings) | asdict(config)
     del recipe["causal"]  # it follows from the objective
     run = RunFolder(settings.out_dir)
-    if any(map(run.holds, ("config.json", "ckpt.pt", "best.pt"))):  # perhaps the foreign file
+    if any(map(run.holds, RUN_FILES)):  # perhaps the foreign file
         raise UserError(f"{run.path} holds a run or a checkpoint; choose another folder")
     with locked(run.path):
         run.write_text("config.py", "".join(f"{k} = {v!r}\n" for k, v in recipe.items()))

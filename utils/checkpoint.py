@@ -25,6 +25,7 @@ from utils.device import barrier, device_name, world_size
 from utils.files import locked, new_file
 from utils.settings import UserError
 
+RUN_FILES = ("config.json", "ckpt.pt", "best.pt")  # a folder with one of these holds a run
 # What may differ in a run that is resumed: nothing here changes what a step computes, apart from
 # rounding. batch_size and gradient_accumulation_steps may change where their product does not.
 MAY_CHANGE = {"out_dir", "resume", "eval_only", "max_iters", "eval_interval", "log_interval"}
@@ -67,7 +68,7 @@ class RunFolder:
         record is what `describe` returned. UserError where the folder holds another run, or where
         another process writes in it.
         """
-        is_run = any(self.holds(name) for name in ("config.json", "ckpt.pt", "best.pt"))
+        is_run = any(map(self.holds, RUN_FILES))
         if is_run and not settings.resume:
             raise UserError(f"{self.path} holds a run: --resume it, or choose another --out_dir")
         if settings.resume and not is_run:
@@ -174,8 +175,7 @@ def check_resume(before, now, may_change=MAY_CHANGE):
         for record in (before, now)
     )
     for values in (before, now):
-        sequences = values["batch_size"] * values["gradient_accumulation_steps"]
-        values["sequences in a step"] = sequences
+        values["sequences in a step"] = values["batch_size"] * values["gradient_accumulation_steps"]
     names = before.keys() & now.keys() - may_change
     changed = [name for name in now if name in names and now[name] != before[name]]
     if changed:
